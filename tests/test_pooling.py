@@ -1,0 +1,294 @@
+"""The pool functions against F.max_pool2d: values, gradients, and everyone who must see the plain operator."""
+
+import io
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+from torch.testing import assert_close
+
+from padfree import pooling
+from padfree.pooling import max_pool, shortcut_pool
+
+EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
+WINDOWS = [(3, 2, 0), (5, 2, 1), (7, 2, 2), (3, 1, 1), (3, 2, 1), (2, 2, 0), (4, 3, 1)]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def some_map(shape, layout=torch.contiguous_format, dtype=torch.float32, levels=None, seed=0):
+    """A random map; `levels` small integers make ties common."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if levels is not None:
+        x = torch.randint(-levels, levels + 1, shape, generator=generator).float()
+    return x.to(dtype).contiguous(memory_format=layout)
+
+
+def gradients(pool, x, weight):
+    """Output, first and second order gradients of sum(weight * pool(x)) and of sum((that gradient)^2)."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    weight = weight.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = pool(x)
+    (first,) = torch.autograd.grad((out * weight).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), weight)
+    return out.detach(), first.detach(), second
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("path", ["_separable", "_through_channels_last", "_pool"])
+def test_every_path_gives_the_builtin_values_and_strides(path, window, layout):
+    if path == "_through_channels_last" and layout is torch.channels_last:
+        layout = torch.contiguous_format
+    shapes = list(itertools.product((1, 3), (2, 17), (7, 8, 19), (8, 21)))
+    assert len(shapes) == 24
+    for shape in shapes:
+        x = some_map(shape, layout)
+        out, expected = getattr(pooling, path)(x, *window), F.max_pool2d(x, *window)
+        assert_close(out, expected, **EXACT)
+        assert out.stride() == expected.stride(), shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_floating_dtype_on_maps_large_enough_for_chunks(dtype, layout, monkeypatch):
+    monkeypatch.setattr(pooling, "CHUNK_BYTES", 20_000)
+    for window in WINDOWS:
+        x = some_map((3, 40, 33, 30), layout, dtype)
+        out = max_pool(x, *window)
+        assert out.dtype == dtype
+        assert_close(out, F.max_pool2d(x, *window), **EXACT)
+
+
+@pytest.mark.parametrize("path", ["_separable", "_pool"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_and_infinities_spread_as_in_the_builtin(layout, path):
+    for seed, window in enumerate(WINDOWS):
+        x = some_map((2, 5, 12, 13), layout, seed=seed)
+        pick = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed))
+        x[pick < 0.05] = math.nan
+        x[pick > 0.9] = -math.inf
+        x[(pick > 0.5) & (pick < 0.52)] = math.inf
+        expected = F.max_pool2d(x, *window)
+        assert expected.isnan().any() and not expected.isnan().all()
+        assert_close(getattr(pooling, path)(x, *window), expected, **EXACT)
+        assert_close(max_pool(x.fill_(-math.inf), *window), F.max_pool2d(x, *window), **EXACT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(3, 24), st.integers(3, 24)),
+    window=st.sampled_from([(3, 2, 0), (3, 1, 1), (3, 2, 1)]),
+    layout=st.sampled_from(LAYOUTS),
+    train=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_small_map(shape, window, layout, train, seed):
+    x = some_map(shape, layout, levels=2, seed=seed)
+    expected = F.max_pool2d(x, *window)
+    assert_close(max_pool(x.clone().requires_grad_(train), *window).detach(), expected, **EXACT)
+    assert_close(pooling._separable(x, *window), expected, **EXACT)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("levels", [None, 1, 0], ids=["no ties", "many ties", "all equal"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_gradients_go_to_the_first_maximum(window, levels, layout, monkeypatch):
+    monkeypatch.setattr(pooling, "CHUNK_BYTES", 5_000)
+    x = some_map((3, 5, 14, 17), layout, levels=levels)
+    if levels == 1:
+        x[x == 0] = torch.where(torch.rand(int((x == 0).sum())) < 0.5, -0.0, 0.0)
+        x[0, 0, 3, 4] = math.nan
+    weight = some_map(F.max_pool2d(x, *window).shape, layout, seed=1)
+    ours = gradients(lambda x: max_pool(x, *window), x, weight)
+    theirs = gradients(lambda x: F.max_pool2d(x, *window), x, weight)
+    for mine, builtin in zip(ours, theirs, strict=True):
+        assert_close(mine, builtin, **EXACT)
+
+
+def test_the_first_of_equal_maxima_takes_the_whole_gradient():
+    x = torch.zeros(1, 2, 3, 3).requires_grad_()
+    shortcut_pool(x).sum().backward()
+    expected = torch.zeros(1, 2, 3, 3)
+    expected[..., 0, 0] = 1
+    assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("width, bytes_an_output", [(126, 1), (127, 2)])
+def test_training_keeps_one_or_two_bytes_an_output(width, bytes_an_output):
+    kept = []
+    x = some_map((1, 2, 9, width)).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = shortcut_pool(x)
+    assert [t.numel() * t.element_size() for t in kept] == [out.numel() * bytes_an_output]
+    out.sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    F.max_pool2d(twin, 3, 2).sum().backward()
+    assert_close(x.grad, twin.grad, **EXACT)
+
+
+def test_gradients_under_checkpointing_and_bfloat16():
+    x = some_map((2, 6, 11, 11), dtype=torch.bfloat16, levels=3).requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(shortcut_pool, x, use_reentrant=False)
+    out.sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    F.max_pool2d(twin, 3, 2).sum().backward()
+    assert_close(x.grad, twin.grad, **EXACT)
+
+
+def test_a_map_smaller_than_the_kernel_is_the_builtins_error():
+    with pytest.raises(RuntimeError, match="too small"):
+        shortcut_pool(torch.zeros(1, 4, 2, 9))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(4, 9, 9),  # unbatched
+        torch.randn(2, 1, 9, 9),  # both layouts at once
+        torch.randn(2, 9, 9, 4).transpose(1, 2),  # neither
+        torch.randn(0, 4, 9, 9),  # empty
+        torch.randn(2, 8, 18, 18)[:, :, ::2, ::2],
+        torch.nn.Parameter(torch.randn(2, 4, 9, 9)),
+        torch.randint(0, 9, (2, 4, 9, 9)),
+    ],
+    ids=["unbatched", "ambiguous", "permuted", "empty", "strided", "parameter", "integers"],
+)
+def test_unusual_tensors_take_the_plain_operator(x):
+    out, expected = shortcut_pool(x), F.max_pool2d(x, 3, 2)
+    assert_close(out, expected, **EXACT)
+    assert out.stride() == expected.stride()
+
+
+def test_meta_and_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for layout in LAYOUTS:
+        meta = torch.empty(8, 64, 112, 112, device="meta").contiguous(memory_format=layout)
+        assert shortcut_pool(meta).shape == (8, 64, 55, 55)
+    with FakeTensorMode():
+        fake = shortcut_pool(torch.empty(8, 64, 112, 112).requires_grad_())
+    assert fake.shape == (8, 64, 55, 55) and type(fake).__name__ == "FakeTensor"
+
+
+def test_functional_transforms_agree_with_the_builtin():
+    x = some_map((3, 2, 4, 9, 9), levels=2)
+
+    def plain(x):
+        return F.max_pool2d(x, 3, 2)
+
+    assert_close(torch.func.vmap(shortcut_pool)(x), torch.func.vmap(plain)(x), **EXACT)
+    for transform in (torch.func.grad, torch.func.hessian):
+        ours = transform(lambda x: shortcut_pool(x).square().sum())(x[0, :, :1])
+        theirs = transform(lambda x: plain(x).square().sum())(x[0, :, :1])
+        assert_close(ours, theirs, **EXACT)
+    tangent = some_map(x[0].shape, seed=5)
+    ours, theirs = (torch.func.jvp(pool, (x[0],), (tangent,)) for pool in (shortcut_pool, plain))
+    assert_close(ours, theirs, **EXACT)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x[0], tangent)
+        assert_close(forward_ad.unpack_dual(shortcut_pool(dual)).tangent, theirs[1], **EXACT)
+
+
+class Pools(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return shortcut_pool(max_pool(x, 3, 1, 1), 5, 1)
+
+
+class PlainPools(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.max_pool2d(x, 3, 1, 1), 5, 2, 1)
+
+
+def test_torchscript_scripts_traces_and_round_trips():
+    x = some_map((2, 30, 28, 28))
+    expected = PlainPools()(x)
+    for compiled in (torch.jit.script(Pools()), torch.jit.trace(Pools(), x)):
+        kinds = {node.kind() for node in compiled.inlined_graph.nodes()}
+        assert "aten::max_pool2d" in kinds and "aten::maximum" not in kinds
+        file = io.BytesIO()
+        torch.jit.save(compiled, file)
+        file.seek(0)
+        assert_close(torch.jit.load(file)(x), expected, **EXACT)
+
+
+def test_fx_sees_the_plain_operator():
+    traced = torch.fx.symbolic_trace(Pools())
+    targets = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert len(targets) == 2
+    assert all("max_pool2d" in target.__name__ for target in targets)
+    x = some_map((2, 30, 28, 28))
+    assert_close(traced(x), PlainPools()(x), **EXACT)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_sees_the_plain_operator(strict):
+    x = some_map((2, 30, 28, 28))
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(Pools(), (x,), dynamic_shapes=({0: batch},), strict=strict)
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert targets == ["aten.max_pool2d.default"] * 2
+    assert_close(program.module()(x[:1]), PlainPools()(x[:1]), **EXACT)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_compile_sees_the_plain_operator_in_one_graph(train):
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    x = some_map((2, 30, 28, 28)).requires_grad_(train)
+    out = torch.compile(Pools(), backend=keep, fullgraph=True)(x)
+    assert_close(out, PlainPools()(x), **EXACT)
+    (graph,) = graphs
+    names = [getattr(node.target, "__name__", "") for node in graph.graph.nodes if node.op == "call_function"]
+    assert len(names) == 2 and all("max_pool2d" in name for name in names)
+
+
+def test_dispatch_modes_see_the_plain_operator():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(Pools())(some_map((2, 30, 28, 28)))
+    targets = {str(node.target) for node in traced.graph.nodes if node.op == "call_function"}
+    assert not any("maximum" in target for target in targets)
+    assert any("max_pool2d" in target for target in targets)
+
+
+def test_inference_mode_and_no_grad_on_a_leaf_that_requires_grad():
+    x = some_map((1, 64, 56, 56)).requires_grad_()
+    expected = F.max_pool2d(x, 3, 2).detach()
+    with torch.no_grad():
+        assert_close(shortcut_pool(x), expected, **EXACT)
+    with torch.inference_mode():
+        assert_close(shortcut_pool(x), expected, **EXACT)
+
+
+def test_the_choice_is_what_was_measured():
+    choices = {
+        (1, 64, 112, 112): ("separable", "separable"),
+        (1, 672, 4, 4): ("channels_last", "plain"),
+        (1, 240, 8, 8): ("channels_last", "plain"),
+        (32, 72, 32, 32): ("separable", "separable"),
+    }
+    for shape, expected in choices.items():
+        chosen = tuple(pooling._choose(some_map(shape, layout), 3, 2, 0) for layout in LAYOUTS)
+        assert chosen == expected, shape
+
+
+def test_the_module_imports_nothing_but_torch():
+    code = (
+        "import sys, torch, torch.autograd.forward_ad; before = set(sys.modules);"
+        "import importlib.util as u; s = u.spec_from_file_location('p', sys.argv[1]);"
+        "s.loader.exec_module(u.module_from_spec(s)); print(sorted(set(sys.modules) - before))"
+    )
+    command = [sys.executable, "-c", code, pooling.__file__]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
