@@ -1,0 +1,12 @@
+"""padfree rewrites existing convolutional networks into their padding-free form.
+
+    model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
+"""
+
+from padfree.convert import Plan, convert, is_converted, plan
+from padfree.errors import PadfreeError
+from padfree.rule import Example, Rule, register
+from padfree.types import Match, Options, Skip
+
+__version__ = "0.1.0"
+__all__ = ["Example", "Match", "Options", "PadfreeError", "Plan", "Rule", "Skip", "__version__", "convert", "is_converted", "plan", "register"]

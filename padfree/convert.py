@@ -1,0 +1,268 @@
+"""`plan` and `convert`: the whole story on one screen.
+
+record -> match -> plan -> surgery -> verify, first on weightless copies, then on the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import padfree.rules  # noqa: F401  (registers the rules)
+from padfree.errors import NothingToConvertError, PadfreeError, PlanError, Refusal
+from padfree.flow import Flow
+from padfree.layers import StemTail
+from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
+from padfree.record import Recording, record
+from padfree.reforward import is_rewritten
+from padfree.rule import rules as get_rules
+from padfree.rule import Rule
+from padfree.sites import Sites
+from padfree.skeleton import full_copy
+from padfree.surgery import Operation, Surgeon, perform
+from padfree.types import Match, Options, PlanData, Skip
+from padfree.verify import verify
+
+
+@dataclass(frozen=True)
+class Plan(PlanData):
+    """What `convert` will do, word for word: print it, save it (`to_dict`), apply it to any equal model."""
+
+    def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+        """Carry the plan out on a copy of `model`, or on `model` itself.
+
+        Raises:
+            PlanError: the model is not one the plan fits.
+        """
+        check_model(model)
+        sites = Sites(Flow(record(model, self.input_size)))
+        groups = _refind(self, sites)
+        operations = _operations(sites, groups, self.options)
+        return _finish(model, operations, self, inplace)
+
+
+def plan(
+    model: nn.Module,
+    *,
+    rules: Iterable[str] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    options: Options | None = None,
+    input_size: tuple[int, ...] | None = None,
+) -> Plan:
+    """What `convert` with the same arguments would do; the model stays untouched.
+
+    Raises:
+        PadfreeError: a wrong argument, or a model that cannot be looked through.
+    """
+    return _plan(model, rules, include, exclude, options, input_size)[0]
+
+
+def convert(
+    model: nn.Module,
+    *,
+    rules: Iterable[str] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    options: Options | None = None,
+    input_size: tuple[int, ...] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    """Rewrite a network into its padding-free form (paper.md, Rewrites).
+
+    Args:
+        model: a network that takes image batches (N, C, H, W).
+        rules: names of the rules to use; the default is all of them.
+        include, exclude: module paths, `fnmatch` patterns or "re:" patterns of places to convert or leave.
+        options: how the rules rewrite.
+        input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
+        inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
+
+    Returns:
+        the converted network; `model` itself if it was converted before and nothing is left to do.
+
+    Raises:
+        NothingToConvertError: nothing matches, saying what was looked at.
+        PadfreeError: the model or an argument is refused, with the reason.
+    """
+    made, operations = _plan(model, rules, include, exclude, options, input_size)
+    if not made.matches:
+        if is_converted(model):
+            return model
+        raise NothingToConvertError(_nothing(model, made))
+    return _finish(model, operations, made, inplace)
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether some part of the model was rewritten by padfree."""
+    return any(isinstance(module, StemTail) or is_rewritten(module) for module in model.modules())
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a plain eager model.
+
+    Raises:
+        PadfreeError: with what to do instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise PadfreeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
+    kind = f"{type(model).__module__}.{type(model).__name__}"
+    if hasattr(model, "_orig_mod"):
+        raise PadfreeError("the model is wrapped by torch.compile; convert first: torch.compile(padfree.convert(model))")
+    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule", "DeepSpeedEngine")
+    if any(base.__name__ in wrappers for base in type(model).__mro__):
+        raise PadfreeError(f"the model is wrapped by {kind}; convert the model inside (model.module), then wrap it again")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PadfreeError("the model is TorchScript; convert the Python model, then script or trace it")
+    if isinstance(model, torch.fx.GraphModule):
+        raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
+    for name, module in model.named_modules():
+        if hasattr(module, "_packed_params") or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")
+
+
+def _plan(
+    model: nn.Module,
+    rule_names: Iterable[str] | None,
+    include: Patterns,
+    exclude: Patterns,
+    options: Options | None,
+    input_size: tuple[int, ...] | None,
+) -> tuple[Plan, tuple[Operation, ...]]:
+    check_model(model)
+    options = Options() if options is None else options
+    if not isinstance(options, Options):
+        raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
+    selected = get_rules(rule_names)
+    everything = tuple(dict.fromkeys((*selected, *get_rules())))
+    sites = Sites(Flow(record(model, input_size)))
+    groups, skips = find(sites, everything, selected, options, include, exclude)
+    kept, operations, failed = _settle(sites, groups, options, selected)
+    matches = _matches(sites, kept, options, selected)
+    recording = sites.recording
+    order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
+    made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)))
+    return made, operations
+
+
+def _matches(sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]) -> tuple[Match, ...]:
+    sizes = sizes_after(sites, groups)
+    return (*with_sizes(groups, sizes, sites), *_following(sites, groups, options, selected))
+
+
+def _following(sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]) -> list[Match]:
+    sizes = sizes_after(sites, groups)
+    return [match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)]
+
+
+def _settle(
+    sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]
+) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
+    """The largest set of groups found that verifies: all; else one after another, failures tried again."""
+    operations, _ = _try(sites, groups, options, selected)
+    if operations is not None:
+        return groups, operations, []
+    kept: list[Group] = []
+    best: tuple[Operation, ...] = ()
+    reasons: dict[int, str] = {}
+    waiting = list(enumerate(groups))
+    while waiting:
+        again = []
+        for index, group in waiting:
+            trial = sorted([*kept, group], key=lambda g: (g.domain, g.name))
+            operations, why = _try(sites, trial, options, selected)
+            if operations is None:
+                reasons[index] = why
+                again.append((index, group))
+            else:
+                kept, best = trial, operations
+        if len(again) == len(waiting):
+            break
+        waiting = again
+    failed = [
+        Skip(match.name, reasons[index], match.rule, group.domain) for index, group in waiting for match in group.matches
+    ]
+    return kept, best, failed
+
+
+def _try(
+    sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]
+) -> tuple[tuple[Operation, ...] | None, str]:
+    if not groups:
+        return (), ""
+    try:
+        operations = _operations(sites, groups, options, selected)
+        resized = _verify(sites.recording, operations, options)
+    except Refusal as refusal:
+        return None, str(refusal)
+    del resized
+    return operations, ""
+
+
+def _verify(recording: Recording, operations: tuple[Operation, ...], options: Options) -> Recording:
+    trial = perform(copy.deepcopy(recording.model), operations)
+    resized = [operation.path for operation in operations if hasattr(operation, "shape")]
+    return verify(recording, trial, allow_resize=options.allow_resize, resized=resized)
+
+
+def _operations(
+    sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule] | None = None
+) -> tuple[Operation, ...]:
+    surgeon = Surgeon(sites, options)
+    matches = [match for group in groups for match in group.matches]
+    if selected is not None:
+        matches += _following(sites, groups, options, selected)
+    by_name = {rule.name: rule for rule in (selected or get_rules())}
+    for match in matches:
+        rule = by_name.get(match.rule) or get_rules([match.rule])[0]
+        rule.rewrite(match, surgeon)
+    return surgeon.operations()
+
+
+def _refind(plan: Plan, sites: Sites) -> list[Group]:
+    """The plan's matches, found again in a model.
+
+    Raises:
+        PlanError: one is not there, or differs.
+    """
+    used = get_rules(dict.fromkeys(match.rule for match in plan.matches) or None)
+    by_key: dict[tuple[str, str, Any], Match] = {}
+    for rule in used:
+        for found in rule.match(sites, plan.options):
+            if isinstance(found, Match):
+                by_key[(found.rule, found.name, found.detail.get("op"))] = found
+    groups: dict[int, list[Match]] = {}
+    for match in plan.matches:
+        found_match = by_key.get((match.rule, match.name, match.detail.get("op")))
+        if found_match is None or found_match.to_dict()["detail"] != match.to_dict()["detail"]:
+            raise PlanError(
+                f"the plan for {plan.model} does not fit this {type(sites.recording.model).__name__}: "
+                f"`{match.name}` is not there, or not as it was; make a new plan"
+            )
+        groups.setdefault(found_match.domain, []).append(found_match)
+    return [Group(domain, tuple(matches)) for domain, matches in sorted(groups.items())]
+
+
+def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inplace: bool) -> nn.Module:
+    target = model if inplace else full_copy(model)
+    perform(target, operations)
+    target.__dict__["padfree_plan"] = made
+    return target
+
+
+def _nothing(model: nn.Module, made: Plan) -> str:
+    size = "x".join(map(str, made.input_size))
+    seen = "; ".join(f"`{skip.name}`: {skip.reason}" for skip in made.skips[:6])
+    more = f" (and {len(made.skips) - 6} more)" if len(made.skips) > 6 else ""
+    seen = seen or "no convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
+    return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"
+
+
+def as_mapping(made: PlanData) -> Mapping[str, Any]:
+    """The plan as a JSON-ready mapping."""
+    return made.to_dict()

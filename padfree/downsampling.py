@@ -1,0 +1,122 @@
+"""What the downsampling rules share: which convolutions they look at, where a shortcut can go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from padfree.errors import Refusal
+from padfree.geometry import padfree_padding, padfree_size
+from padfree.record import Call
+from padfree.rule import Editor
+from padfree.sites import Conv, Site, Sites
+from padfree.types import Match, Options, Skip
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
+    """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
+    first = {conv.op for conv in sites.first}
+    for conv in sites.convs.values():
+        if max(conv.stride) > 1 and max(conv.kernel) >= 3 and conv.op not in first and sites.flow.is_map(conv.source):
+            site = sites.site(conv)
+            if not any(point.op in first for point in site.paired):
+                yield conv, site
+
+
+def trouble(sites: Sites, conv: Conv) -> str:
+    """Why a strided convolution is left alone, or ""."""
+    found = conv.trouble()
+    if found:
+        return found
+    calls = len(sites.recording.calls_of.get(conv.path, ()))
+    if calls != 1:
+        return f"its module is called {calls} times in one forward"
+    if min(sites.flow.size(conv.source)) < 3:
+        return f"its input of {sites.flow.size(conv.source)} pixels is smaller than the 3x3 window"
+    if sites.flow.feeds_only_attention(conv.out):
+        return "it only subsamples the keys and values of an attention"
+    return ""
+
+
+def block_for(sites: Sites, op: int, *values: int, owner: str, child: bool = False) -> Call:
+    """The smallest module whose own forward holds all values; with `child`, one that can take a new child.
+
+    Raises:
+        Refusal: there is none, or it runs more than once in a forward.
+    """
+    around = [call for call in sites.flow.blocks(op, *values) if call.path != owner]
+    inner = [call for call in around if call.path]
+    if child:
+        modules = sites.recording.modules
+        inner = [call for call in inner if not isinstance(modules[call.path], _CONTAINERS)] or inner
+    if not around:
+        raise Refusal("no module's own forward holds both its input and the end of its chain")
+    call = (inner or around)[0]
+    count = len(sites.recording.calls_of[call.path])
+    if count != 1:
+        raise Refusal(f"its block `{call.path}` is called {count} times in one forward")
+    return call
+
+
+def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: dict[str, Any]) -> Match:
+    """A match of a strided convolution, with the sizes before and after."""
+    flow = sites.flow
+    height, width = flow.size(conv.source)
+    return Match(
+        rule=rule,
+        name=conv.path,
+        block=block,
+        domain=flow.domain(conv.out),
+        size=(height, width),
+        out_before=flow.size(conv.out),
+        out_after=(padfree_size(height), padfree_size(width)),
+        detail={"op": conv.op, "kernel": conv.kernel[0], "padding": padfree_padding(conv.spans[0]), **detail},
+    )
+
+
+def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Site) -> Match | Skip:
+    """A match for one conv of a site: its lead carries the pool shortcut, the others only shrink."""
+    found = next((f"`{part.path}`: {why}" for part in site.convs if (why := trouble(sites, part))), "")
+    why = trouble(sites, conv) or found
+    if why:
+        return Skip(conv.path, why, rule, sites.flow.domain(conv.out))
+    if conv != site.lead:
+        return new_match(sites, rule, conv, "", {"lead": site.lead.path})
+    channels = (sites.recording.values[site.source].shape[1], sites.recording.values[site.chain.conv].shape[1])
+    project = site.dense and channels[0] != channels[1] and not site.shortcut
+    detail: dict[str, Any] = {"channels": list(channels), "points": [point.op for point in site.points]}
+    merge = site.chain.end(options.merge)
+    ops = [part.op for part in (*site.paired, *site.convs, *site.points)]
+    anchor = min(ops + [part.pad for part in site.convs if part.pad >= 0])
+    try:
+        if site.shortcut:
+            block = None
+        else:
+            block = block_for(sites, conv.op, site.source, merge, owner=conv.path, child=project)
+            detail |= {"source": site.source, "merge": merge, "anchor": anchor, "project": int(project)}
+            window = (conv.kernel[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
+            detail |= {"pool": list(window), "repeat": 1 if site.dense else channels[1] // channels[0]}
+        if site.points:
+            around = block_for(sites, site.points[0].op, site.points[0].source, owner=site.points[0].path)
+            detail["points_block"] = around.path
+    except Refusal as refusal:
+        return Skip(conv.path, str(refusal), rule, sites.flow.domain(conv.out))
+    return new_match(sites, rule, conv, "" if block is None else block.path, detail)
+
+
+def rewrite_site(match: Match, edit: Editor) -> None:
+    """Reduce the padding, add the shortcut where the match carries one, crop for summed 1x1 convs."""
+    detail = match.detail
+    conv = edit.sites.convs[detail["op"]]
+    if "merge" in detail:
+        edit.shortcut(
+            match.block, detail["source"], detail["anchor"], detail["merge"], *detail["pool"],
+            detail["repeat"], bool(detail["project"]),
+        )  # fmt: skip
+    for op in detail.get("points", ()):
+        edit.crop(detail["points_block"], edit.sites.convs[op].source, op, 1)
+    edit.conv(conv, detail["padding"])

@@ -1,0 +1,309 @@
+"""Reading a recording: which values are maps, which share a size, and what follows what.
+
+A *map* is a value laid out (N, C, H, W). A *domain* is a set of maps that share one spatial size
+because some operation needs them equal; every stride-2 operation entering a domain must shrink alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from padfree.record import Call, Op, Recording, Ref
+
+NORMS = frozenset(
+    {
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "_batch_norm_with_update",
+        "_batch_norm_no_update",
+        "cudnn_batch_norm",
+        "miopen_batch_norm",
+        "native_group_norm",
+        "native_layer_norm",
+        "_fused_rms_norm",
+    }
+)
+VIEWS = frozenset(
+    {"view", "_unsafe_view", "permute", "transpose", "alias", "detach", "clone", "_to_copy", "contiguous", "reshape",
+     "squeeze", "unsqueeze", "_reshape_alias", "expand", "lift_fresh"}
+)  # fmt: skip
+AFFINE = frozenset({"mul", "add", "sub", "div", "rsub", "neg"})
+NONLINEAR = frozenset(
+    {"relu", "hardtanh", "silu", "hardswish", "gelu", "sigmoid", "hardsigmoid", "tanh", "leaky_relu", "elu", "celu",
+     "selu", "softplus", "clamp", "clamp_min", "clamp_max", "_prelu_kernel", "mish", "threshold", "hardshrink",
+     "softshrink", "log_sigmoid_forward", "exp", "pow", "abs", "maximum", "minimum", "rrelu_with_noise", "square",
+     "log1p", "sqrt", "reciprocal", "where", "gt", "lt", "ge", "le", "erf", "sin", "cos"}
+)  # fmt: skip
+ATTENTION = frozenset({"bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_fused_sdp_choice",
+     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu",
+     "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention"})  # fmt: skip
+MAX_POOLS = frozenset({"max_pool2d_with_indices", "max_pool2d"})
+AVG_POOLS = frozenset({"avg_pool2d"})
+
+
+def plain_kind(op: Op) -> str:
+    """The kind of an operation without the mark of an in-place variant."""
+    return op.kind[:-1] if op.kind.endswith("_") else op.kind
+
+
+@dataclass(frozen=True)
+class Chain:
+    """conv -> norm -> act: the values after each part that is there, and the modules' paths."""
+
+    conv: int
+    norm: int | None
+    act: int | None
+    norm_path: str
+    act_path: str
+
+    def end(self, merge: str = "activation") -> int:
+        """The value a sum is taken at: `merge`, or where the chain ends earlier, its end."""
+        levels = [self.conv, self.norm, self.act][: {"conv": 1, "norm": 2, "activation": 3}[merge]]
+        return [value for value in levels if value is not None][-1]
+
+
+class Flow:
+    """Dataflow questions over one recording."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.values = recording.values
+        self.ops = recording.ops
+        self._parent: dict[int, int] = {}
+        self._tag: dict[int, tuple[int, int]] = {}
+        self._maps: set[int] = set()
+        self._find_domains()
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def consumers(self, value: int) -> list[int]:
+        """Indices of the operations that read `value`."""
+        return self.recording.consumers.get(value, [])
+
+    def sole_consumer(self, value: int) -> Op | None:
+        """The operation that reads `value`, if there is one only and the model does not return it."""
+        found = self.consumers(value)
+        if len(found) != 1 or value in self.recording.outputs:
+            return None
+        return self.ops[found[0]]
+
+    def producer(self, value: int) -> Op | None:
+        """The operation that made `value`."""
+        index = self.values[value].producer
+        return None if index < 0 else self.ops[index]
+
+    def size(self, value: int) -> tuple[int, int]:
+        """(H, W) of a map."""
+        shape = self.values[value].shape
+        return (shape[2], shape[3])
+
+    def is_map(self, value: int) -> bool:
+        """Whether `value` is laid out (N, C, H, W)."""
+        return value in self._maps
+
+    # -- domains --------------------------------------------------------------------------------
+
+    def domain(self, value: int) -> int:
+        """The smallest value index of the domain `value` belongs to."""
+        while self._parent[value] != value:
+            self._parent[value] = self._parent[self._parent[value]]
+            value = self._parent[value]
+        return value
+
+    def _union(self, a: int, b: int) -> None:
+        a, b = self.domain(a), self.domain(b)
+        self._parent[max(a, b)] = min(a, b)
+
+    def _find_domains(self) -> None:
+        for value in self.recording.inputs:
+            self._place(value, ())
+        for op in self.ops:
+            for out in op.outputs:
+                if self.values[out].live:
+                    self._place(out, op.inputs)
+
+    def _place(self, value: int, inputs: tuple[int, ...]) -> None:
+        """Give a new value its domain: that of the inputs of its size, or one of its own."""
+        self._parent[value] = value
+        shape = self.values[value].shape
+        side = (shape[2], shape[3]) if len(shape) == 4 else None
+        carried = [source for source in inputs if source in self._tag]
+        alike = [source for source in carried if self._tag[source] == side]
+        if side is not None and (alike or not carried or all(source in self._maps for source in carried)):
+            self._maps.add(value)
+            self._tag[value] = side
+            if side != (1, 1):
+                for source in alike:
+                    self._union(value, source)
+        elif carried and len({self._tag[source] for source in carried}) == 1:
+            self._tag[value] = self._tag[carried[0]]
+            for source in carried:
+                self._union(value, source)
+
+    # -- walking forward ------------------------------------------------------------------------
+
+    def linear_step(self, value: int) -> int | None:
+        """The value after the one norm, constant scale or shift, or view that reads `value`."""
+        op = self.sole_consumer(value)
+        if op is None or not op.outputs:
+            return None
+        kind = plain_kind(op)
+        if op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1):
+            return op.outputs[0]
+        return None
+
+    def chain(self, value: int) -> Chain:
+        """The norm and activation that follow the convolution output `value`."""
+        norm, norm_path, current = None, "", value
+        while (after := self.linear_step(current)) is not None:
+            op = self.ops[self.values[after].producer]
+            is_norm = op.kind in NORMS
+            if is_norm and norm_path:
+                break
+            if is_norm or plain_kind(op) in AFFINE:
+                norm_path = norm_path or self.recording.calls[op.call].path
+            current = after
+            if norm_path and self.values[current].shape == self.values[value].shape:
+                norm = current
+        start = value if norm is None else norm
+        act, act_path = self.activation(start)
+        return Chain(value, norm, act, norm_path if norm is not None else "", act_path)
+
+    def activation(self, value: int) -> tuple[int | None, str]:
+        """The value after the activation that reads `value`, and its module's path ("" for a function).
+
+        An activation is a module call, or a single operation, that is pointwise, nonlinear and reads
+        nothing but `value`.
+        """
+        readers = self.consumers(value)
+        if not readers or value in self.recording.outputs:
+            return None, ""
+        first = self.ops[readers[0]]
+        for call in reversed([c for c in self.recording.ancestors(first.call) if c.inputs == (value,)]):
+            if all(index in call.ops for index in readers) and self._pointwise(call):
+                return call.outputs[0], call.path
+        if len(readers) == 1 and plain_kind(first) in NONLINEAR and first.inputs == (value,):
+            return first.outputs[0], ""
+        return None, ""
+
+    def _pointwise(self, call: Call) -> bool:
+        ops = [self.ops[index] for index in call.ops if self.ops[index].inputs]
+        known = set(call.inputs)
+        for op in ops:
+            if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS or not known.issuperset(op.inputs):
+                return False
+            known.update(op.outputs)
+        same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
+        return same and any(plain_kind(op) in NONLINEAR for op in ops)
+
+    def feeds_only_attention(self, value: int) -> bool:
+        """Whether everything made of `value` ends as an operand of an attention product."""
+        seen, stack, met = {value}, [value], False
+        while stack:
+            current = stack.pop()
+            if current in self.recording.outputs:
+                return False
+            readers = self.consumers(current)
+            if not readers:
+                return False
+            for index in readers:
+                op = self.ops[index]
+                if op.kind in ATTENTION:
+                    met = True
+                    continue
+                kind = plain_kind(op)
+                pointwise = kind in AFFINE and len(op.inputs) == 1
+                projects = kind in {"mm", "addmm", "split", "split_with_sizes", "unbind", "slice", "select"}
+                same_size = op.kind == "convolution" and self.size(op.outputs[0]) == self.size(op.inputs[0])
+                if not (op.kind in NORMS or kind in VIEWS or pointwise or projects or same_size):
+                    return False
+                new = [out for out in self._read_outputs(op) if out not in seen]
+                seen.update(new)
+                stack.extend(new)
+        return met
+
+    def _read_outputs(self, op: Op) -> list[int]:
+        read = [out for out in op.outputs if self.consumers(out)]
+        return read or list(op.outputs[:1])
+
+    # -- walking back ---------------------------------------------------------------------------
+
+    def linear_source(self, value: int) -> int:
+        """Back from `value` through norms, constant scales and views that nothing else reads."""
+        while (op := self.producer(value)) is not None:
+            kind = plain_kind(op)
+            if not (op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)):
+                break
+            if value != op.outputs[0] or len(self.consumers(op.inputs[0])) != 1:
+                break
+            value = op.inputs[0]
+        return value
+
+    def from_input(self, value: int) -> bool:
+        """Whether `value` is the network's input up to norms, scales, pads and views."""
+        while (op := self.producer(value)) is not None:
+            kind = plain_kind(op)
+            shaping = kind in {"constant_pad_nd", "stack", "select", "slice", "unbind", "index", "cat", "copy"}
+            if not (op.kind in NORMS or kind in VIEWS or kind in AFFINE or shaping) or not op.inputs:
+                return False
+            value = op.inputs[0]
+        return value in self.recording.inputs
+
+    def reaches(self, value: int, target: int) -> tuple[bool, bool]:
+        """(whether `value` is made of `target`, whether by way of an activation or max-pool)."""
+        nonlinear: dict[int, bool] = {value: False}
+        found, bent = value == target, False
+        stack = [value]
+        while stack:
+            current = stack.pop()
+            op = self.producer(current)
+            if op is None or current == target:
+                continue
+            bends = nonlinear[current] or plain_kind(op) in NONLINEAR or op.kind in MAX_POOLS
+            for source in op.inputs:
+                if source < target or (source in nonlinear and nonlinear[source] >= bends):
+                    continue
+                nonlinear[source] = bends
+                if source == target:
+                    found, bent = True, bent or bends
+                stack.append(source)
+        return found, bent
+
+    # -- module calls ---------------------------------------------------------------------------
+
+    def visible(self, value: int, call: Call) -> bool:
+        """Whether `value` is an input of `call`, or made by an operation or a child call of its own forward."""
+        if value in call.inputs:
+            return True
+        op = self.producer(value)
+        if op is None or op.index not in call.ops:
+            return False
+        return op.call == call.index or any(
+            inner.parent == call.index and value in inner.outputs for inner in self.recording.ancestors(op.call)
+        )
+
+    def blocks(self, inside: int, *values: int) -> list[Call]:
+        """Calls around operation `inside` whose own forward holds all `values`, innermost first."""
+        around = self.recording.ancestors(self.ops[inside].call)
+        return [call for call in around if all(self.visible(value, call) for value in values)]
+
+    @functools.cached_property
+    def entries(self) -> dict[int, list[Op]]:
+        """By domain, the convolutions and pools that enter it from a map of another size."""
+        table: dict[int, list[Op]] = {}
+        for op in self.ops:
+            if op.kind != "convolution" and op.kind not in MAX_POOLS | AVG_POOLS:
+                continue
+            source, out = data_input(op), op.outputs[0]
+            if self.is_map(source) and self.is_map(out) and self.size(source) != self.size(out):
+                table.setdefault(self.domain(out), []).append(op)
+        return table
+
+
+def data_input(op: Op) -> int:
+    """The map a convolution or pool reads."""
+    first = op.args[0][0]
+    assert isinstance(first, Ref)
+    return first.value

@@ -1,0 +1,189 @@
+"""From a recording to matches grouped by domain: what could be converted, and what cannot and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from padfree.errors import PadfreeError
+from padfree.flow import data_input
+from padfree.geometry import padfree_size
+from padfree.record import Op
+from padfree.rule import Rule, Sizes
+from padfree.sites import Sites
+from padfree.types import Match, Options, Skip
+
+Patterns = str | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matches that are converted together or not at all: those of one domain, or the stem."""
+
+    domain: int
+    matches: tuple[Match, ...]
+
+    @property
+    def name(self) -> str:
+        """The first match's module."""
+        return self.matches[0].name
+
+
+def find(
+    sites: Sites, all_rules: tuple[Rule, ...], selected: tuple[Rule, ...], options: Options, include: Patterns, exclude: Patterns
+) -> tuple[list[Group], list[Skip]]:
+    """Matches of the selected rules by domain, and the places left alone.
+
+    Rules that are not selected are asked too: what they would match in a domain stops that domain.
+
+    Raises:
+        PadfreeError: an `include` or `exclude` pattern matches nothing.
+    """
+    found: list[Match] = []
+    skips: list[Skip] = []
+    for rule in all_rules:
+        for item in rule.match(sites, options):
+            if isinstance(item, Match):
+                found.append(item)
+            elif rule in selected:
+                skips.append(item)
+    names = [*(m.name for m in found), *(s.name for s in skips)]
+    wanted = _chosen(names, include, "include") if include is not None else set(names)
+    wanted -= _chosen(names, exclude, "exclude") if exclude is not None else set()
+    in_use = {rule.name for rule in selected}
+    groups: list[Group] = []
+    for domain in sorted({match.domain for match in found}):
+        together = [match for match in found if match.domain == domain]
+        for group, why in _whole(sites, domain, together, skips, in_use, wanted):
+            if why:
+                skips += [Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use]
+            else:
+                groups.append(Group(domain, tuple(group)))
+    return groups, skips
+
+
+def _whole(
+    sites: Sites, domain: int, together: list[Match], skips: list[Skip], in_use: set[str], wanted: set[str]
+) -> list[tuple[list[Match], str]]:
+    """The domain's matches with "" if it can be converted whole, or with the reason it cannot."""
+    if domain < 0:
+        parts = [[match] for match in together]
+        return [(part, "" if part[0].name in wanted and part[0].rule in in_use else _left(part[0], in_use)) for part in parts]
+    kept = [match for match in together if not match.detail.get("kept")]
+    if not any(match.rule != "projection" for match in kept):
+        mains = [skip for skip in skips if skip.domain == domain]
+        why = f"`{mains[0].name}`: {mains[0].reason}" if mains else "no strided conv with it is converted"
+        return [(kept, why)]
+    for match in kept:
+        if match.rule not in in_use or match.name not in wanted:
+            return [(kept, f"`{match.name}` enters the same map and {_left(match, in_use)}")]
+    covered = {match.detail.get("op") for match in together}
+    covered.update(op for match in together for op in match.detail.get("points", ()))
+    for op in sites.flow.entries.get(domain, ()):
+        if op.index not in covered and not _shrinks_alike(sites, op):
+            path, why = _entry_reason(sites, op, skips)
+            return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
+    return [(kept, "")]
+
+
+def _left(match: Match, in_use: set[str]) -> str:
+    if match.rule not in in_use:
+        return f"needs rule {match.rule!r}, which is not selected"
+    return "is not among the included modules, or is excluded"
+
+
+def _shrinks_alike(sites: Sites, op: Op) -> bool:
+    """Whether an operation writes the padding-free size as it stands, or does not halve its map."""
+    flow = sites.flow
+    source, out = flow.size(data_input(op)), flow.size(op.outputs[0])
+    if out == tuple(padfree_size(side) for side in source):
+        conv = sites.convs.get(op.index)
+        return conv is None or not conv.padded
+    return max(_strides(op)) == 1
+
+
+def _strides(op: Op) -> tuple[int, ...]:
+    stride = op.args[0][3] if op.kind == "convolution" else (op.args[0][2] if len(op.args[0]) > 2 else op.args[0][1])
+    return tuple(stride) or (2,)
+
+
+def _entry_reason(sites: Sites, op: Op, skips: list[Skip]) -> tuple[str, str]:
+    path = sites.recording.calls[op.call].path if op.call >= 0 else ""
+    for skip in skips:
+        if skip.name == path:
+            return path, skip.reason
+    flow = sites.flow
+    source, out = flow.size(data_input(op)), flow.size(op.outputs[0])
+    return path, f"{op.kind} maps {source[0]}x{source[1]} to {out[0]}x{out[1]}"
+
+
+def _chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:
+    listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    chosen: set[str] = set()
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise PadfreeError(f"{what} takes module paths and patterns, not {pattern!r}")
+        try:
+            hits = {name for name in names if _fits(pattern, name)}
+        except re.error as error:
+            raise PadfreeError(f"{what}={pattern!r} is not a regular expression: {error}") from error
+        if not hits:
+            some = ", ".join(dict.fromkeys(names)) or "none"
+            raise PadfreeError(f"{what}={pattern!r} matches none of the places found: {some}")
+        chosen |= hits
+    return chosen
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:
+    """(H, W) by domain once `groups` are converted, followed from the input through convs and pools."""
+    flow = sites.flow
+    converted = {group.domain for group in groups}
+    sizes: Sizes = {}
+    for value in sites.recording.inputs:
+        if flow.is_map(value):
+            sizes[flow.domain(value)] = flow.size(value)
+    for op in flow.ops:
+        for out in op.outputs[:1]:
+            if not flow.is_map(out) or flow.domain(out) in sizes:
+                continue
+            domain, size = flow.domain(out), flow.size(out)
+            sizes[domain] = size
+            if op.kind != "convolution" and not (op.kind.startswith(("max_pool2d", "avg_pool2d"))):
+                continue
+            before = sizes.get(flow.domain(data_input(op)))
+            if before is not None:
+                sizes[domain] = _after(sites, op, before, size, domain in converted)
+    return sizes
+
+
+def _after(sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int], converted: bool) -> tuple[int, int]:
+    if converted:
+        return (padfree_size(before[0]), padfree_size(before[1]))
+    stride = _strides(op)[0]
+    old = sites.flow.size(data_input(op))
+    shrunk = [new - was for new, was in zip(before, old, strict=True)]
+    # an unconverted operation of stride s shrinks by what its input lost, in whole strides
+    return (size[0] + -((-shrunk[0]) // stride), size[1] + -((-shrunk[1]) // stride))
+
+
+def with_sizes(groups: list[Group], sizes: Sizes, sites: Sites) -> tuple[Match, ...]:
+    """The groups' matches with the sizes they really read and write once all are converted."""
+    matches: list[Match] = []
+    for group in groups:
+        for match in group.matches:
+            op = sites.flow.ops[match.detail["op"]]
+            source = sizes.get(sites.flow.domain(data_input(op)), match.size)
+            if match.rule == "stem":
+                matches.append(match)
+            else:
+                after = (padfree_size(source[0]), padfree_size(source[1]))
+                matches.append(replace(match, out_after=after))
+    return tuple(matches)

@@ -1,0 +1,198 @@
+"""Classes with a generated forward: a subclass of a block's own class, built once per source.
+
+The block stays the same object with the same children; only its class changes. Pickling and copying
+rebuild the class from (base, source, names, locked), so they work in a fresh process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import linecache
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from padfree.errors import LockedStateError, PadfreeError, Refusal
+
+Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
+Locked = tuple[tuple[str, Any], ...]
+FUSERS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert", "merge_bn")
+_MARK = "_padfree_base"
+_NEW = "padfree_"
+
+
+def graph_source(graph: fx.Graph) -> tuple[str, Names]:
+    """The Python source of a graph's forward and where its globals come from.
+
+    Raises:
+        Refusal: it uses an object that cannot be imported by name.
+    """
+    code = graph.python_code("self")
+    return code.src.strip() + "\n", tuple(_name(name, value) for name, value in sorted(code.globals.items()))
+
+
+def _name(name: str, value: Any) -> tuple[str, str, str]:
+    if isinstance(value, float) and not math.isfinite(value):
+        return (name, "math", "nan" if math.isnan(value) else "inf")
+    if isinstance(value, ModuleType):
+        return (name, value.__name__, "")
+    if value is type(None):
+        return (name, "types", "NoneType")
+    module = getattr(value, "__module__", None)
+    qualified = getattr(value, "__qualname__", getattr(value, "__name__", ""))
+    if module is None and getattr(torch, qualified, None) is value:
+        module = "torch"
+    try:
+        if module is None or _resolve(module, qualified) is not value:
+            raise AttributeError
+    except (ImportError, AttributeError):
+        raise Refusal(f"its forward uses {value!r}, which cannot be imported by name") from None
+    return (name, module, qualified)
+
+
+def _resolve(module: str, qualified: str) -> Any:
+    found: Any = importlib.import_module(module)
+    for part in filter(None, qualified.split(".")):
+        found = getattr(found, part)
+    return found
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module had before padfree gave it a generated forward (its own, if it has none)."""
+    base: type[nn.Module] = getattr(type(module), _MARK, type(module))
+    return base
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether padfree gave this module a generated class."""
+    return _MARK in dir(type(module))
+
+
+def new_child_names(module: nn.Module) -> list[str]:
+    """Names of the children padfree added to a module."""
+    return [name for name in module._modules if name.startswith(_NEW)]
+
+
+@functools.lru_cache(maxsize=None)
+def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
+    """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
+
+    Args:
+        base: the module's original class.
+        source: text of one `def forward(self, ...)`.
+        names: its globals, by module and qualified name.
+        locked: plain state that `source` was traced with; changing it raises `LockedStateError`.
+    """
+    members: dict[str, Any] = {
+        _MARK: base,
+        "_padfree_recipe": (source, names, locked),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": _reduce,
+    }
+    if source:
+        members["forward"] = _compile(base, source, names)
+        if locked:
+            members["__setattr__"] = _locking_setattr(base, dict(locked))
+        if issubclass(base, nn.Sequential):
+            members |= _sequential_members(base)
+    for name in FUSERS:
+        if callable(getattr(base, name, None)):
+            members[name] = _sealed(name)
+    return type(base)(base.__name__, (base,), members)
+
+
+def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
+    index = len([name for name in linecache.cache if name.startswith("<padfree ")])
+    filename = f"<padfree {base.__module__}.{base.__qualname__} {index}>"
+    namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
+    namespace["__name__"] = base.__module__
+    exec(compile(source, filename, "exec"), namespace)  # our own text, from a graph
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    forward = namespace["forward"]
+    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
+    return forward
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    base = original_class(self)
+    source, names, locked = type(self)._padfree_recipe  # type: ignore[attr-defined]
+    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # type: ignore[operator]
+    return (rebuild, (base, source, names, locked), state)
+
+
+def rebuild(base: type[nn.Module], source: str, names: Names, locked: Locked) -> nn.Module:
+    """Unpickling entry: an empty instance of the generated class; its state follows."""
+    kind = rewritten_class(base, source, names, locked)
+    instance: nn.Module = kind.__new__(kind)
+    return instance
+
+
+def _locking_setattr(base: type[nn.Module], locked: dict[str, Any]) -> Any:
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+        if name in locked and not _same(locked[name], value):
+            raise LockedStateError(
+                f"{base.__name__}.{name} is baked into the converted forward as {locked[name]!r}; "
+                "set it on the original model and convert again"
+            )
+        base.__setattr__(self, name, value)
+
+    return __setattr__
+
+
+def _same(locked: Any, value: Any) -> bool:
+    return type(locked) is type(value) and bool(locked == value)
+
+
+def _sealed(name: str) -> Any:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise PadfreeError(
+            f"{type(self).__name__}.{name}() would discard the padding-free shortcut of a converted block; "
+            f"call {name}() on the original model first, then convert"
+        )
+
+    refuse.__name__ = name
+    return refuse
+
+
+def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
+    """A rewritten Sequential shows only its old children, and refuses to be re-arranged."""
+
+    def shown(self: nn.Module) -> list[nn.Module]:
+        return [child for name, child in self._modules.items() if not name.startswith(_NEW) and child is not None]
+
+    def __len__(self: nn.Module) -> int:  # noqa: N807
+        return len(shown(self))
+
+    def __iter__(self: nn.Module) -> Iterator[nn.Module]:  # noqa: N807
+        return iter(shown(self))
+
+    def __getitem__(self: nn.Module, index: Any) -> nn.Module:  # noqa: N807
+        if isinstance(index, slice):
+            raise PadfreeError(
+                "a slice of a converted Sequential would lose its padding-free shortcut; slice the original, "
+                "or call the parts by index"
+            )
+        return shown(self)[index]
+
+    members: dict[str, Any] = {"__len__": __len__, "__iter__": __iter__, "__getitem__": __getitem__}
+    for name in ("append", "insert", "extend", "pop", "__delitem__", "__add__", "__iadd__", "__mul__", "__imul__"):
+        if hasattr(base, name):
+            members[name] = _fixed(name)
+    return members
+
+
+def _fixed(name: str) -> Any:
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        raise PadfreeError(
+            f"{name} on a converted Sequential would not change its generated forward; change the original and convert again"
+        )
+
+    refuse.__name__ = name
+    return refuse

@@ -1,0 +1,158 @@
+"""Projection shortcuts and pools that stand parallel to a strided conv (paper.md, Projection shortcut).
+
+before: norm(conv1x1(x, s2))                      depthwise (default): norm(conv1x1(norm'(dwconv(x, 3, s2, p0))))
+                                                  dense: norm(conv1x1(maxpool(x, 3, s2, p0)) + conv(x, 3, s2, p0))
+before: avgpool(x, 2, s2) or avgpool(x, 3, s2, p1)   after: avgpool(x, 3, s2, p0)
+before: maxpool(x, 3, s2, p1) or maxpool(x, 2, s2)   after: maxpool(x, 3, s2, p0)
+
+1. the 1x1 conv has stride 2x2 and lies on a residual branch that only adapts shape: nothing but linear
+   operations from a fork to a sum with a branch that has an activation;
+2. the pool's window is 2x2 or 3x3 with stride 2x2;
+3. either enters a map that a depthwise or dense site enters too: alone they lose no border and stay.
+
+A 1x1 without a norm of its own gets a new one after it, unless the network has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from padfree.downsampling import block_for, strided
+from padfree.errors import Refusal
+from padfree.flow import AVG_POOLS, MAX_POOLS, NORMS, data_input
+from padfree.geometry import padfree_size
+from padfree.record import Op
+from padfree.rule import Editor, Rule, register
+from padfree.sites import Conv, Sites
+from padfree.specs import Spec
+from padfree.types import Match, Options, Skip
+
+NAME = "projection"
+
+
+def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
+    """1x1 stride-2 convs on shortcuts, and pools, that enter a map some strided site enters."""
+    flow = sites.flow
+    shared, points = set(), set()
+    for conv, site in strided(sites):
+        if conv.padded:
+            shared.add(flow.domain(conv.out))
+            points.update(point.op for point in site.points)
+    for domain in sorted(shared):
+        for op in flow.entries.get(domain, ()):
+            if op.kind in MAX_POOLS | AVG_POOLS:
+                found = _pool(sites, op)
+            elif op.index in points or op.index not in sites.convs:
+                continue
+            else:
+                conv = sites.convs[op.index]
+                found = _projection(sites, options, conv) if conv.kernel == (1, 1) else None
+            if found is not None:
+                yield found
+
+
+def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
+    flow = sites.flow
+    domain = flow.domain(conv.out)
+    why = ""
+    if conv.stride != (2, 2):
+        why = f"its stride is {conv.stride[0]}x{conv.stride[1]}, 2x2 is needed"
+    elif not conv.is_module or len(sites.recording.calls_of[conv.path]) != 1:
+        why = "it is not a convolution module that runs once"
+    elif not sites.is_shortcut_op(flow.ops[conv.op]):
+        why = "it is a 1x1 stride-2 conv on a branch that computes more than a shape"
+    if why:
+        return Skip(conv.path, why, NAME, domain)
+    chain = flow.chain(conv.out)
+    dense = options.projection == "dense"
+    own_norm = chain.norm is not None
+    detail: dict[str, Any] = {"source": conv.source, "dense": int(dense), "norm": _norm_near(sites, conv.op)}
+    try:
+        if dense:
+            block = block_for(sites, conv.op, conv.source, conv.out, owner=conv.path, child=True)
+        elif own_norm:
+            block = block_for(sites, conv.op, conv.source, owner=conv.path, child=True)
+        else:
+            block = block_for(sites, conv.op, conv.source, conv.out, owner=conv.path, child=True)
+            detail["own_norm"] = conv.out
+    except Refusal as refusal:
+        return Skip(conv.path, str(refusal), NAME, domain)
+    return _match(sites, flow.ops[conv.op], conv.path, block.path, detail)
+
+
+def _pool(sites: Sites, op: Op) -> Match | Skip:
+    flow, recording = sites.flow, sites.recording
+    path = recording.calls[op.call].path
+    kernel, stride = _pair(op.args[0][1]), _pair(op.args[0][2] or op.args[0][1])
+    dilation = _pair(op.args[0][4]) if op.kind in MAX_POOLS and len(op.args[0]) > 4 else (1, 1)
+    domain = flow.domain(op.outputs[0])
+    padding = _pair(op.args[0][3]) if len(op.args[0]) > 3 else (0, 0)
+    if stride == (2, 2) and kernel == (3, 3) and padding == (0, 0) and not _same_pad(sites, op):
+        return _match(sites, op, path, path, {"kept": 1})
+    if stride != (2, 2) or kernel not in ((2, 2), (3, 3)) or dilation != (1, 1):
+        size = f"{kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]}"
+        return Skip(path, f"its {size} pool has no padding-free form; a 2x2 or 3x3 window of stride 2x2 has", NAME, domain)
+    if len(recording.calls_of[path]) != 1:
+        return Skip(path, "its module is called more than once in one forward", NAME, domain)
+    return _match(sites, op, path, path, {})
+
+
+def _same_pad(sites: Sites, op: Op) -> bool:
+    before = sites.flow.producer(data_input(op))
+    return before is not None and before.kind == "constant_pad_nd"
+
+
+def _match(sites: Sites, op: Op, name: str, block: str, detail: dict[str, Any]) -> Match:
+    flow = sites.flow
+    source = data_input(op)
+    if _same_pad(sites, op):
+        before = flow.producer(source)
+        source = source if before is None else before.inputs[0]
+    height, width = flow.size(source)
+    after = (padfree_size(height), padfree_size(width))
+    out = op.outputs[0]
+    return Match(NAME, name, block, flow.domain(out), (height, width), flow.size(out), after, {"op": op.index, **detail})
+
+
+def _norm_near(sites: Sites, op: int) -> str:
+    """Path of the norm to copy: the nearest one after the operation, else before it, else ""."""
+    ops = sites.flow.ops
+    for other in [*range(op + 1, len(ops)), *range(op - 1, -1, -1)]:
+        if ops[other].kind in NORMS and sites.flow.is_map(ops[other].outputs[0]):
+            path = sites.recording.calls[ops[other].call].path
+            if isinstance(sites.recording.modules[path], nn.Module):
+                return path
+    return ""
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
+
+
+def rewrite(match: Match, edit: Editor) -> None:
+    """Carry out one projection or pool."""
+    detail = match.detail
+    op = detail["op"]
+    if detail.get("kept"):
+        return
+    if op not in edit.sites.convs:
+        edit.pool(op)
+        return
+    conv, source = edit.sites.convs[op], detail["source"]
+    if detail["dense"]:
+        spec = Spec("dense_reduction", (conv.in_channels, conv.out_channels), conv.path)
+        edit.beside(match.block, source, op, conv.out, spec)
+        edit.pooled(match.block, source, op)
+    else:
+        channels = (conv.in_channels, conv.in_channels)
+        edit.before(match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"]))
+        if "own_norm" in detail and detail["norm"]:
+            channels = (conv.out_channels, conv.out_channels)
+            edit.after(match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"]))
+    edit.conv(conv, 0, stride=1)
+
+
+RULE = register(Rule(NAME, match, rewrite))

@@ -1,0 +1,187 @@
+"""Hybrid stem (paper.md, Hybrid stem).
+
+before: act(norm(conv(x)))  [maxpool(., 3, s, p1)]
+after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p1))), maxpool(y, 3, s, p1)))))  [+ y]
+
+1. the network reads its input (through a data norm, a pad) by one conv, or by branches that act as one, or
+   by a BSConv pair; its kernel is odd, at least 3, and overlaps its neighbours (kernel > stride: no patchify);
+2. the network has an odd stride-2 conv or a 3x3 stride-2 max-pool: else there is nothing to convert;
+3. a 3x3 p1 max-pool of stride s = 1 or 2 that alone reads the stem's output is absorbed;
+4. where the stem conv has neither norm nor activation and the network goes on with norm -> act, the tail
+   takes the pre-activation form;
+5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
+   the forward of a module other than the root, which is re-forwarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from padfree.downsampling import block_for
+from padfree.errors import Refusal
+from padfree.flow import MAX_POOLS, NORMS, Chain, plain_kind
+from padfree.layers import StemTail
+from padfree.record import Op
+from padfree.rule import Editor, Rule, register
+from padfree.sites import Conv, Site, Sites
+from padfree.specs import FUNCTIONS, Spec
+from padfree.types import Match, Options, Skip
+
+NAME = "stem"
+
+
+def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
+    """The one stem, if the network has something to convert."""
+    if not sites.first:
+        return
+    conv = _stem_conv(sites)
+    if any(isinstance(module, StemTail) for module in sites.recording.modules.values()):
+        yield Skip(conv.path, "it has a hybrid tail already", NAME)
+        return
+    site = sites.site(conv)
+    why = _trouble(sites, conv, site)
+    if why:
+        yield Skip(conv.path, why, NAME)
+        return
+    try:
+        yield _match(sites, options, conv, site)
+    except Refusal as refusal:
+        yield Skip(conv.path, str(refusal), NAME)
+
+
+def _stem_conv(sites: Sites) -> Conv:
+    """The first conv, or the depthwise half of the BSConv pair that it begins."""
+    first = sites.first[0]
+    if not first.pointwise:
+        return max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
+    for conv in sites.convs.values():
+        if conv.depthwise and first in sites.site(conv).paired:
+            return conv
+    return first
+
+
+def _trouble(sites: Sites, conv: Conv, site: Site) -> str:
+    kernel, stride = conv.kernel, conv.stride
+    one = {part.op for part in (*site.convs, *site.points, *site.paired)}
+    others = [part for part in sites.first if part.op not in one]
+    if others:
+        return f"{len(others) + 1} separate convs read the input (`{others[0].path}` too); a hybrid stem follows one"
+    if kernel[0] % 2 == 0 or kernel[0] < 3 or kernel[0] <= stride[0]:
+        return f"patchify stem: {kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]} windows do not overlap"
+    if not _has_padded_downsampling(sites):
+        return "the network has no odd stride-2 convolution and no 3x3 stride-2 max-pool"
+    if len(sites.recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
+        return "its module does not run exactly once in a forward"
+    return ""
+
+
+def _has_padded_downsampling(sites: Sites) -> bool:
+    for conv in sites.convs.values():
+        if conv.stride == (2, 2) and conv.kernel[0] % 2 and conv.kernel[0] >= 3:
+            return True
+    pools = (op.args[0] for op in sites.flow.ops if op.kind in MAX_POOLS)
+    return any(tuple(args[1]) == (3, 3) and len(args) > 2 and set(args[2]) == {2} for args in pools)
+
+
+def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
+    flow, recording = sites.flow, sites.recording
+    chain = site.chain
+    end = chain.end()
+    pool = _absorbed(sites, end)
+    stride = 1 if pool is None else _first(pool.args[0][2])
+    value = end if pool is None else pool.outputs[0]
+    norm, act, preact = chain.norm_path, chain.act_path, False
+    function = _function(sites, chain)
+    if chain.norm is None and chain.act is None:
+        following = _following(sites, value)
+        if following is not None:
+            norm, act, preact = following.norm_path, following.act_path, True
+            function = _function(sites, following)
+    if norm and act.startswith(f"{norm}."):
+        act = ""  # the norm's copy brings its activation along (timm's BatchNormAct2d)
+    detail: dict[str, Any] = {
+        "op": conv.op, "channels": conv.out_channels, "stride": stride, "norm": norm, "act": act,
+        "function": function, "preact": int(preact), "value": value,
+    }  # fmt: skip
+    place = recording.calls[pool.call].path if pool is not None else chain.act_path
+    block = ""
+    if place and _replaceable(sites, place):
+        detail["place"] = place
+    elif pool is not None:
+        raise Refusal("the max-pool after it is a function call, or runs more than once, and cannot be absorbed")
+    else:
+        call = block_for(sites, conv.op, value, owner=conv.path, child=True)
+        block = call.path
+    size = flow.size(conv.source)
+    return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
+
+
+def _absorbed(sites: Sites, end: int) -> Op | None:
+    op = sites.flow.sole_consumer(end)
+    if op is None or op.kind not in MAX_POOLS:
+        return None
+    args = [*op.args[0], None, None, None, None][1:6]
+    kernel, stride, padding, dilation, ceil = args
+    plain = _both(dilation) in ((1, 1), ()) and not ceil
+    fits = _both(kernel) == (3, 3) and _both(padding) == (1, 1) and _both(stride) in ((1, 1), (2, 2))
+    return op if plain and fits else None
+
+
+def _both(value: Any) -> tuple[int, ...]:
+    return () if value is None else (value, value) if isinstance(value, int) else (value[0], value[-1]) if value else ()
+
+
+def _first(value: Any) -> int:
+    return int(_both(value)[0])
+
+
+def _function(sites: Sites, chain: Chain) -> str:
+    """The ATen name of an activation that is a function call, if it has a module of its own."""
+    if chain.act is None or chain.act_path:
+        return ""
+    op = sites.flow.producer(chain.act)
+    kind = "" if op is None else plain_kind(op)
+    if kind not in FUNCTIONS:
+        raise Refusal(f"its activation `{kind}` is a function without a module to copy")
+    return kind
+
+
+def _following(sites: Sites, value: int) -> Chain | None:
+    """The norm -> act that some reader of a raw stem output begins with."""
+    flow = sites.flow
+    for index in flow.consumers(value):
+        op = flow.ops[index]
+        if op.kind not in NORMS:
+            continue
+        act, path = flow.activation(op.outputs[0])
+        if act is not None:
+            return Chain(value, op.outputs[0], act, sites.recording.calls[op.call].path, path)
+    return None
+
+
+def _replaceable(sites: Sites, path: str) -> bool:
+    """Whether a module is parameter-free, not the root, registered once and called once."""
+    recording = sites.recording
+    module = recording.modules[path]
+    names = [name for name, other in recording.model.named_modules(remove_duplicate=False) if other is module]
+    once = len(recording.calls_of[path]) == 1 and len(names) == 1
+    return bool(path) and once and not list(module.parameters()) and not list(module.buffers())
+
+
+def rewrite(match: Match, edit: Editor) -> None:
+    """Put the tail in place."""
+    detail = match.detail
+    channels = (detail["channels"], detail["channels"])
+    spec = Spec(
+        "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
+        function=detail["function"], absorbs=detail["value"] != edit.sites.site(edit.sites.convs[detail["op"]]).chain.end(),
+        residual=edit.options.stem_residual, preact=bool(detail["preact"]),
+    )  # fmt: skip
+    if "place" in detail:
+        edit.replace_end(detail["place"], spec)
+    else:
+        edit.after(match.block, detail["value"], spec)
+
+
+RULE = register(Rule(NAME, match, rewrite))

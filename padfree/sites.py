@@ -1,0 +1,317 @@
+"""Strided convolutions as the rules see them: one convolution, or several that act as one.
+
+A *site* is what a rewrite treats as a unit: a conv with what pads it, a BSConv pair, convolutions over
+the parts of a split that are concatenated again, or linear branches of one input that are summed
+(re-parameterisable blocks).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from padfree.flow import AFFINE, NORMS, VIEWS, Chain, Flow, data_input, plain_kind
+from padfree.geometry import effective_kernel, padfree_padding
+from padfree.record import Op, Ref
+
+_PADS = frozenset({"constant_pad_nd", "reflection_pad2d", "replication_pad2d", "_pad_circular"})
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One recorded 2-D convolution.
+
+    Attributes:
+        op: index of the operation. source, out: the values it reads (before any pad) and writes.
+        path: its module, or the module whose forward calls it as a function.
+        is_module: whether `path` is a module with the convolution's own `stride` and `padding`.
+        padding: zeros at (top, bottom, left, right), those of a pad before it included.
+        pad: index of a pad operation before it that only it reads (-1: none).
+        pad_mode: "zeros", or what the pad fills in.
+    """
+
+    op: int
+    path: str
+    is_module: bool
+    source: int
+    out: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding: tuple[int, int, int, int]
+    pad: int
+    pad_mode: str
+
+    @property
+    def depthwise(self) -> bool:
+        """One input channel a group, and more than one group."""
+        return self.groups == self.in_channels > 1
+
+    @property
+    def pointwise(self) -> bool:
+        """A 1x1 kernel without padding."""
+        return self.kernel == (1, 1) and not any(self.padding)
+
+    @property
+    def spans(self) -> tuple[int, int]:
+        """Pixels the kernel spans along each axis, dilation included."""
+        return (
+            effective_kernel(self.kernel[0], self.dilation[0]),
+            effective_kernel(self.kernel[1], self.dilation[1]),
+        )
+
+    @property
+    def padded(self) -> bool:
+        """Whether it pads more than its padding-free form would."""
+        if self.spans[0] % 2 == 0 or min(self.spans) < 3:
+            return any(self.padding)
+        reduced = padfree_padding(self.spans[0])
+        return self.padding[0] + self.padding[1] > 2 * reduced
+
+    def trouble(self) -> str:
+        """Why this stride-2 convolution has no padding-free form, or ""."""
+        if self.stride != (2, 2):
+            return f"its stride is {_by(self.stride)}; padding-free downsampling is defined for 2x2"
+        if self.spans[0] != self.spans[1] or self.padding[:2] != self.padding[2:]:
+            return f"its kernel {_by(self.spans)} or padding {self.padding} differs between the axes"
+        if self.pad_mode != "zeros":
+            return f"it pads with {self.pad_mode}, not zeros: there is no made-up border to drop"
+        if self.spans[0] % 2 == 0:
+            return f"its kernel spans {_by(self.spans)}; an odd kernel of at least 3 is needed"
+        if not self.padded:
+            return "it is padding-free already"
+        if not self.is_module:
+            return "it is a function call; padfree rewrites convolution modules (hold the weight in an nn.Conv2d)"
+        return ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Convolutions that act as one strided convolution.
+
+    Attributes:
+        convs: those with a kernel of at least 3; the first leads (largest kernel).
+        points: 1x1 strided convs summed with them, which read the centre pixel of the others' windows.
+        source: the value the pool shortcut reads.
+        chain: what follows (norm, activation).
+        dense: a dense conv, or a BSConv pair that stands for one.
+        paired: the pointwise convs of such a pair, in order.
+        shortcut: it lies on a residual branch that only adapts shape.
+    """
+
+    convs: tuple[Conv, ...]
+    points: tuple[Conv, ...]
+    source: int
+    chain: Chain
+    dense: bool
+    paired: tuple[Conv, ...]
+    shortcut: bool
+
+    @property
+    def lead(self) -> Conv:
+        """The conv the site is named after."""
+        return self.convs[0]
+
+
+class Sites:
+    """The convolutions of a recording and what they act as."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.recording = flow.recording
+        self.convs = {op.index: self._conv(op) for op in flow.ops if op.kind == "convolution" and _is_2d(op)}
+
+    def _conv(self, op: Op) -> Conv:
+        flow = self.flow
+        positional = op.args[0]
+        weight = flow.values[positional[1].value].shape
+        source = data_input(op)
+        pad, sides, mode = -1, (0, 0, 0, 0), "zeros"
+        before = flow.producer(source)
+        if before is not None and before.kind in _PADS and len(flow.consumers(source)) == 1:
+            pad, sides, mode = before.index, *_pad(before)
+            source = data_input(before)
+        own = positional[4]
+        padding = (sides[0] + own[0], sides[1] + own[0], sides[2] + own[1], sides[3] + own[1])
+        path, is_module = self._owner(op)
+        channels = flow.values[source].shape[1]
+        return Conv(
+            op=op.index, path=path, is_module=is_module, source=source, out=op.outputs[0],
+            in_channels=channels, out_channels=weight[0], kernel=(weight[2], weight[3]),
+            stride=_pair(positional[3]), dilation=_pair(positional[5]), groups=positional[8],
+            padding=padding, pad=pad, pad_mode=mode,
+        )  # fmt: skip
+
+    def _owner(self, op: Op) -> tuple[str, bool]:
+        recording = self.recording
+        if op.call < 0:
+            return "", False
+        call = recording.calls[op.call]
+        module = recording.modules.get(call.path)
+        inner = [self.flow.ops[i] for i in call.ops if self.flow.ops[i].kind == "convolution"]
+        fits = module is not None and hasattr(module, "stride") and hasattr(module, "padding")
+        return call.path, bool(fits and len(inner) == 1 and not isinstance(module, nn.Sequential))
+
+    @functools.cached_property
+    def first(self) -> tuple[Conv, ...]:
+        """The convolutions that read the network's input (through a data norm or pad)."""
+        return tuple(conv for conv in self.convs.values() if self.flow.from_input(conv.source))
+
+    def conv_making(self, value: int) -> Conv | None:
+        """The convolution that made `value`."""
+        producer = self.flow.producer(value)
+        return None if producer is None else self.convs.get(producer.index)
+
+    def site(self, conv: Conv) -> Site:
+        """What `conv` acts as."""
+        flow = self.flow
+        members, source, value = self._split_parts(conv)
+        if len(members) == 1:
+            members, value = self._summed(conv)
+        convs = sorted((m for m in members if m.kernel != (1, 1)), key=lambda m: (-m.spans[0], m.op))
+        points = tuple(m for m in members if m.kernel == (1, 1))
+        paired: tuple[Conv, ...] = ()
+        if len(members) == 1 and conv.depthwise:
+            paired = self._paired(conv)
+            source = paired[0].source if paired else source
+        dense = bool(paired) or not conv.depthwise
+        shortcut = self._is_shortcut(source, value)
+        return Site(tuple(convs), points, source, flow.chain(value), dense, paired, shortcut)
+
+    def _split_parts(self, conv: Conv) -> tuple[list[Conv], int, int]:
+        """Convs over the parts of one split, concatenated again in order (MixConv)."""
+        flow, alone = self.flow, ([conv], conv.source, conv.out)
+        cat = flow.sole_consumer(conv.out)
+        split = flow.producer(conv.source)
+        if cat is None or cat.kind != "cat" or split is None:
+            return alone
+        parts = [ref.value for ref in cat.args[0][0] if isinstance(ref, Ref)]
+        members = [member for part in parts if (member := self.conv_making(part)) is not None]
+        sources = tuple(member.source for member in members)
+        whole = len(members) == len(parts) == len(split.outputs) and sources == split.outputs
+        if not whole or any(member.stride != conv.stride for member in members):
+            return alone
+        return members, split.inputs[0], cat.outputs[0]
+
+    def _summed(self, conv: Conv) -> tuple[list[Conv], int]:
+        """Linear branches of one input, each conv -> norm, summed: members and the sum's value."""
+        flow = self.flow
+        members, best = [conv], conv.out
+        value = conv.out
+        while True:
+            after = flow.linear_step(value)
+            if after is not None:
+                value = after
+                continue
+            op = flow.sole_consumer(value)
+            if op is None or plain_kind(op) != "add" or len(op.inputs) != 2:
+                return members, best
+            other = next(v for v in op.inputs if v != value) if op.inputs[0] != op.inputs[1] else value
+            branch = self._branch(other, conv.source)
+            if branch is None:
+                return members, best
+            members += branch
+            value = best = op.outputs[0]
+
+    def _branch(self, value: int, source: int) -> list[Conv] | None:
+        """The convs of a sum of linear one-conv branches that lead from `source` to `value`, else None."""
+        flow = self.flow
+        op = flow.producer(value)
+        if op is None or len(flow.consumers(value)) != 1:
+            return None
+        if op.index in self.convs:
+            conv = self.convs[op.index]
+            return [conv] if conv.source == source and conv.stride == (2, 2) else None
+        kind = plain_kind(op)
+        if op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1):
+            return self._branch(op.inputs[0], source)
+        if kind == "add" and len(op.inputs) == 2:
+            branches = [self._branch(part, source) for part in op.inputs]
+            return None if None in branches else [conv for branch in branches for conv in branch or []]
+        return None
+
+    def _paired(self, conv: Conv) -> tuple[Conv, ...]:
+        """The 1x1 convs that alone feed a depthwise conv, with no activation between (BSConv-U/S)."""
+        pair: list[Conv] = []
+        source = conv.source
+        while True:
+            value = self.flow.linear_source(source)
+            point = self.conv_making(value)
+            alone = point is not None and len(self.flow.consumers(value)) == 1
+            if point is None or not alone or not point.pointwise or point.stride != (1, 1) or point.groups != 1:
+                return tuple(pair)
+            pair.insert(0, point)
+            source = point.source
+
+    def _is_shortcut(self, source: int, value: int) -> bool:
+        """Whether only linear operations lead from a fork through here to a sum with a nonlinear branch."""
+        flow = self.flow
+        source = self._fork(source)
+        if len(flow.consumers(source)) < 2:
+            return False
+        while True:
+            after = flow.linear_step(value)
+            if after is not None:
+                value = after
+                continue
+            op = flow.sole_consumer(value)
+            if op is None or not op.outputs:
+                return False
+            if op.kind in {"convolution", "avg_pool2d"}:
+                value = op.outputs[0]
+            elif plain_kind(op) == "add" and len(op.inputs) == 2:
+                other = next(part for part in op.inputs if part != value)
+                found, bent = flow.reaches(other, source)
+                return found and bent
+            else:
+                return False
+
+    def _fork(self, value: int) -> int:
+        """Back from `value` through linear operations and convs to a value that several operations read."""
+        flow = self.flow
+        while len(flow.consumers(value)) < 2:
+            op = flow.producer(value)
+            if op is None or not op.inputs:
+                break
+            kind = plain_kind(op)
+            linear = op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)
+            if not (linear or op.kind in {"convolution", "avg_pool2d", "constant_pad_nd"}):
+                break
+            value = data_input(op) if isinstance(op.args[0][0], Ref) else op.inputs[0]
+        return value
+
+    def is_shortcut_op(self, op: Op) -> bool:
+        """`_is_shortcut` for a pool."""
+        return self._is_shortcut(data_input(op), op.outputs[0])
+
+
+
+
+def _is_2d(op: Op) -> bool:
+    positional = op.args[0]
+    return not positional[6] and len(positional[3]) in (1, 2) and len(positional[5]) in (1, 2)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value[0], value[-1])
+
+
+def _pad(op: Op) -> tuple[tuple[int, int, int, int], str]:
+    amounts = (*op.args[0][1], 0, 0, 0, 0)[:4]
+    left, right, top, bottom = amounts
+    mode = "zeros"
+    if op.kind != "constant_pad_nd":
+        mode = op.kind
+    elif len(op.args[0]) > 2 and op.args[0][2] not in (0, None):
+        mode = f"the constant {op.args[0][2]}"
+    return (top, bottom, left, right), mode
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"

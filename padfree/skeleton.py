@@ -1,0 +1,125 @@
+"""Copies of a model: a weightless one to look at, and a true one to work on.
+
+Both leave the original untouched. Forward hooks belong to the user and must not fire while
+padfree looks, so the weightless copy carries none.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from padfree.errors import PadfreeError
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy with every parameter and buffer on the meta device, in eval mode, without hooks.
+
+    Raises:
+        PadfreeError: the model cannot be copied (`copy.deepcopy` fails).
+    """
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = _meta(tensor)
+    for module in model.modules():
+        for name in _HOOK_DICTS:
+            memo[id(module.__dict__[name])] = OrderedDict()
+    skeleton = _deepcopy(model, memo)
+    for module in skeleton.modules():
+        module.training = False
+    return skeleton
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """A copy with real tensors, in eval mode, without hooks: for models no meta kernel can run."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for name in _HOOK_DICTS:
+            memo[id(module.__dict__[name])] = OrderedDict()
+    duplicate = _deepcopy(model, memo)
+    for module in duplicate.modules():
+        module.training = False
+    return duplicate
+
+
+def full_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose own functions read the copy: closures over the model's modules are rebound.
+
+    bsconv's BSConv-S models carry such closures (`reg_loss`); after a plain `copy.deepcopy` they
+    would read, and send gradients to, the original (paper.md, BSConv-S MobileNetV3).
+
+    Raises:
+        PadfreeError: the model cannot be copied (`copy.deepcopy` fails).
+    """
+    return _deepcopy(model, {})
+
+
+def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        duplicate: nn.Module = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise PadfreeError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); padfree works on a copy. "
+            "Hint: old-style weight_norm/spectral_norm keep non-leaf tensors; use torch.nn.utils.parametrizations, "
+            "and keep open files, generators and computed tensors out of the model"
+        ) from error
+    copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
+    for module in duplicate.modules():
+        for name, value in list(module.__dict__.items()):
+            rebound = _rebind(value, copied)
+            if rebound is not value:
+                module.__dict__[name] = rebound
+    return duplicate
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise PadfreeError(
+            "the model has lazy parameters that no forward has initialised yet; run it once on a sample input first"
+        )
+    empty = torch.empty_like(tensor.detach(), device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _rebind(value: Any, copied: dict[int, nn.Module]) -> Any:
+    """`value`, or for a function that closes over modules in `copied`, one that closes over their copies."""
+    if isinstance(value, types.MethodType):
+        function = _rebind(value.__func__, copied)
+        return value if function is value.__func__ else types.MethodType(function, value.__self__)
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    cells, changed = [], False
+    for cell in value.__closure__:
+        try:
+            content = cell.cell_contents
+        except ValueError:  # a cell not filled yet
+            cells.append(cell)
+            continue
+        new = copied.get(id(content)) if isinstance(content, nn.Module) else _rebind(content, copied)
+        if new is None or new is content:
+            cells.append(cell)
+        else:
+            cells.append(types.CellType(new))
+            changed = True
+    if not changed:
+        return value
+    rebound = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    rebound.__kwdefaults__ = value.__kwdefaults__
+    rebound.__dict__.update(value.__dict__)
+    rebound.__doc__ = value.__doc__
+    return rebound

@@ -1,0 +1,106 @@
+"""Descriptions of new layers: frozen data that builds the layer inside any copy of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from padfree.layers import DepthwiseReduction, PoolProjection, StemTail, act_like, norm_like
+
+FUNCTIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "hardtanh": nn.ReLU6,
+    "mish": nn.Mish,
+    "selu": nn.SELU,
+}
+"""Modules for activations that a model calls as functions, by ATen name."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A new layer.
+
+    Attributes:
+        kind: "pool_projection", "depthwise_reduction", "dense_reduction", "norm" or "stem_tail".
+        channels: C_in and C_out. kernel, padding: of the pool. stride: of a stem tail.
+        norm, act: paths of the modules copied ("" for none); `function` names an activation called as one.
+        reference: path of the module whose weight gives device and dtype.
+        absorbs, residual, preact: see `StemTail`.
+    """
+
+    kind: str
+    channels: tuple[int, int]
+    reference: str
+    kernel: int = 3
+    padding: int = 0
+    stride: int = 1
+    norm: str = ""
+    act: str = ""
+    function: str = ""
+    absorbs: bool = False
+    residual: bool = False
+    preact: bool = False
+
+    def build(self, model: nn.Module, end: nn.Module | None = None) -> nn.Module:
+        """The layer, on the device and with the dtype of its reference, in its mode."""
+        reference = model.get_submodule(self.reference)
+        layer = self._layer(model, end)
+        weight = next((p for p in reference.parameters() if p.is_floating_point()), None)
+        if weight is not None:
+            new = [child for child in layer.children() if child is not end] if end is not None else [layer]
+            for child in new:
+                child.to(device=weight.device, dtype=weight.dtype)
+                if _channels_last(model):
+                    child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        mode = end.training if end is not None else reference.training
+        kept = None if end is None else {id(m): m.training for m in end.modules()}
+        layer.train(mode)
+        if end is not None and kept is not None:
+            for module in end.modules():
+                module.training = kept[id(module)]
+        return layer
+
+    def _layer(self, model: nn.Module, end: nn.Module | None) -> nn.Module:
+        first, last = self.channels
+        weight = next((p for p in model.get_submodule(self.reference).parameters()), None)
+        with torch.device(weight.device if weight is not None else "cpu"):
+            if self.kind == "pool_projection":
+                return PoolProjection(first, last, self.kernel, self.padding)
+            if self.kind == "depthwise_reduction":
+                return DepthwiseReduction(first, self._norm(model, first, with_act=False))
+            if self.kind == "dense_reduction":
+                return nn.Conv2d(first, last, 3, stride=2, bias=False)
+            if self.kind == "norm":
+                return self._norm(model, last, with_act=False) or nn.Identity()
+            norms = (self._norm(model, first), self._norm(model, 2 * first if self.preact else first))
+            acts = (self._act(model), self._act(model))
+            return StemTail(
+                first, norms, acts, end, stride=self.stride, absorbs=self.absorbs,
+                residual=self.residual, preact=self.preact,
+            )  # fmt: skip
+
+    def _norm(self, model: nn.Module, channels: int, with_act: bool = True) -> nn.Module | None:
+        return norm_like(model.get_submodule(self.norm), channels, with_act=with_act) if self.norm else None
+
+    def _act(self, model: nn.Module) -> nn.Module | None:
+        if self.act:
+            inplace = bool(self.norm) or not self.preact
+            return act_like(model.get_submodule(self.act), inplace=inplace)
+        return FUNCTIONS[self.function]() if self.function else None
+
+
+def _channels_last(model: nn.Module) -> bool:
+    """Whether the model's weights lie in channels_last memory format."""
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and not parameter.is_contiguous():
+            return parameter.is_contiguous(memory_format=torch.channels_last)
+    return False

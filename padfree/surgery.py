@@ -1,0 +1,394 @@
+"""The only mutator. Rules edit a recording through the `Surgeon`; what comes out is a list of
+operations on module paths, which `perform` carries out on a model, all of them or none.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from padfree.errors import PadfreeError, Refusal
+from padfree.flow import AVG_POOLS, MAX_POOLS
+from padfree.leaves import plain_forward
+from padfree.pooling import shortcut_pool
+from padfree.record import Op
+from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class
+from padfree.sites import Conv, Sites
+from padfree.specs import Spec
+from padfree.trace import TracedBlock, trace_block
+from padfree.types import Options
+
+
+@dataclass(frozen=True)
+class SetAttributes:
+    """Plain attributes of one module."""
+
+    path: str
+    values: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class AddChild:
+    """A new child of a block."""
+
+    path: str
+    name: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class ReplaceEnd:
+    """A new layer in the place of a parameter-free module, which becomes its part."""
+
+    path: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Another shape for a parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reforward:
+    """A generated forward for a module ("" keeps its own and only seals its fusers)."""
+
+    path: str
+    source: str
+    names: Names
+    locked: Locked
+
+
+Operation = SetAttributes | AddChild | ReplaceEnd | Resize | Reforward
+
+
+class BlockEdit:
+    """Edits of one block's graph."""
+
+    def __init__(self, traced: TracedBlock, taken: Iterable[str]) -> None:
+        self.traced = traced
+        self.children: list[tuple[str, Spec]] = []
+        self._now: dict[fx.Node, fx.Node] = {}
+        self._taken = set(taken)
+
+    def node(self, value: int) -> fx.Node:
+        """The node that holds a recorded value now, after the edits made so far."""
+        found = self.traced.nodes.get(value)
+        if found is None:
+            raise Refusal(f"`{self.traced.path}` does not hold the value to be edited in its own forward")
+        while found in self._now:
+            found = self._now[found]
+        return found
+
+    def anchor(self, op: int) -> fx.Node:
+        """The node that runs a recorded operation."""
+        return self.traced.anchors[op]
+
+    def call(self, before: fx.Node, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> fx.Node:
+        """A new node before another: a function, or a new child named after `name`."""
+        graph = self.traced.graph
+        with graph.inserting_before(before):
+            if isinstance(target, Spec):
+                child = self._child(name, target)
+                return graph.call_module(child, args)
+            return graph.call_function(target, args)
+
+    def _child(self, name: str, spec: Spec) -> str:
+        base = f"padfree_{name}"
+        unique, count = base, 1
+        while unique in self._taken:
+            count += 1
+            unique = f"{base}{count}"
+        self._taken.add(unique)
+        self.children.append((unique, spec))
+        return unique
+
+    def substitute(self, old: fx.Node, make: Callable[[fx.Node, fx.Node], fx.Node]) -> None:
+        """Let everything that reads `old` read what `make(old, insertion point)` returns."""
+        users = list(old.users)
+        new = make(old, old.next)
+        for user in users:
+            user.replace_input_with(old, new)
+        self._now[old] = new
+
+    def drop(self, node: fx.Node) -> None:
+        """Erase a node that nothing reads any more."""
+        if not node.users:
+            self.traced.graph.erase_node(node)
+
+
+class Surgeon:
+    """Collects the edits of a plan's matches into operations (`padfree.rule.Editor`)."""
+
+    def __init__(self, sites: Sites, options: Options) -> None:
+        self.sites = sites
+        self.options = options
+        self._recording = sites.recording
+        self._blocks: dict[str, BlockEdit] = {}
+        self._operations: list[Operation] = []
+
+    def _block(self, path: str) -> BlockEdit:
+        edit = self._blocks.get(path)
+        if edit is None:
+            call = self._recording.calls_of[path][0]
+            module = self._recording.modules[path]
+            edit = self._blocks[path] = BlockEdit(trace_block(self._recording, call), module._modules)
+        return edit
+
+    # -- what rules may do (documented in padfree.rule.Editor) ----------------------------------
+
+    def conv(self, conv: Conv, padding: int, stride: int | None = None) -> None:  # noqa: D102
+        module = self._recording.modules[conv.path]
+        values: dict[str, Any] = {"padding": (padding, padding)}
+        if stride is not None:
+            values["stride"] = (stride, stride)
+        if conv.pad >= 0:
+            self._unpad(conv.path, conv.op, conv.pad, conv.source, values)
+        reversed_name = "_reversed_padding_repeated_twice"
+        if hasattr(module, reversed_name):
+            values[reversed_name] = [padding] * 4
+        self._operations.append(SetAttributes(conv.path, tuple(values.items())))
+
+    def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
+        recording = self._recording
+        if recording.ops[pad].call == recording.ops[op].call:
+            source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
+            values.update(switches)
+            if source_text:
+                self._operations.append(Reforward(path, source_text, names, ()))
+            return
+        out = recording.ops[pad].outputs[0]
+        around = self.sites.flow.blocks(op, source, out)
+        call = next((c for c in around if c.path != path), None)
+        if call is None:
+            raise Refusal(f"`{path}`: the padding before it is made where no forward holds both")
+        edit = self._block(call.path)
+        padded = edit.node(out)
+        edit.anchor(op).replace_input_with(padded, edit.node(source))
+        edit.drop(padded)
+
+    def pool(self, op: int) -> None:  # noqa: D102
+        recording = self._recording
+        recorded = recording.ops[op]
+        path = recording.calls[recorded.call].path
+        module = recording.modules[path]
+        before = self.sites.flow.producer(recorded.inputs[0])
+        if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+            values: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 0, "ceil_mode": False}
+            inside = before is not None and before.kind == "constant_pad_nd" and before.call == recorded.call
+            if inside or type(module) not in (nn.AvgPool2d, nn.MaxPool2d):
+                source_text, names, switches = plain_forward(recording, recording.calls[recorded.call], values)
+                values.update(switches)
+                if source_text:
+                    self._operations.append(Reforward(path, source_text, names, ()))
+            self._operations.append(SetAttributes(path, tuple(values.items())))
+            return
+        edit = self._block(path)
+        node = edit.anchor(op)
+        function = F.avg_pool2d if recorded.kind in AVG_POOLS else F.max_pool2d
+        edit.substitute(node, lambda old, at: edit.call(at, function, old.args[0], 3, 2, 0))
+        edit.drop(node)
+
+    def shortcut(  # noqa: D102
+        self, block: str, source: int, anchor: int, merge: int, kernel: int, padding: int, repeat: int, project: bool
+    ) -> None:
+        edit = self._block(block)
+        at, read = edit.anchor(anchor), edit.node(source)
+        if project:
+            channels = (self._channels(source), self._channels(merge))
+            spec = Spec("pool_projection", channels, self._weight_near(anchor), kernel, padding)
+            pooled = edit.call(at, spec, read, name="shortcut")
+        else:
+            extra = () if (kernel, padding) == (3, 0) else (kernel, padding)
+            pooled = edit.call(at, shortcut_pool, read, *extra)
+            if repeat > 1:
+                pooled = edit.call(at, torch.repeat_interleave, pooled, repeat, 1)
+        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, pooled))
+
+    def crop(self, block: str, source: int, op: int, margin: int) -> None:  # noqa: D102
+        edit = self._block(block)
+        at, read = edit.anchor(op), edit.node(source)
+        every = slice(None)
+        inner = slice(margin, -margin)
+        at.replace_input_with(read, edit.call(at, operator.getitem, read, (every, every, inner, inner)))
+
+    def before(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+        edit = self._block(block)
+        at, read = edit.anchor(op), edit.node(source)
+        at.replace_input_with(read, edit.call(at, spec, read, name="reduce"))
+
+    def after(self, block: str, value: int, spec: Spec) -> None:  # noqa: D102
+        edit = self._block(block)
+        name = "stem" if spec.kind == "stem_tail" else spec.kind
+        edit.substitute(edit.node(value), lambda old, at: edit.call(at, spec, old, name=name))
+
+    def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:  # noqa: D102
+        edit = self._block(block)
+        new = edit.call(edit.anchor(anchor), spec, edit.node(source), name="dense")
+        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, new))
+
+    def pooled(self, block: str, source: int, op: int) -> None:  # noqa: D102
+        edit = self._block(block)
+        at, read = edit.anchor(op), edit.node(source)
+        at.replace_input_with(read, edit.call(at, shortcut_pool, read))
+
+    def replace_end(self, path: str, spec: Spec) -> None:  # noqa: D102
+        self._operations.append(ReplaceEnd(path, spec))
+
+    def resize(self, path: str, shape: tuple[int, ...]) -> None:  # noqa: D102
+        self._operations.append(Resize(path, tuple(shape)))
+
+    def set(self, path: str, **attributes: Any) -> None:  # noqa: D102
+        self._operations.append(SetAttributes(path, tuple(attributes.items())))
+
+    # -------------------------------------------------------------------------------------------
+
+    def _channels(self, value: int) -> int:
+        return self._recording.values[value].shape[1]
+
+    def _weight_near(self, op: int) -> str:
+        call = self._recording.ops[op].call
+        return self._recording.calls[call].path
+
+    def operations(self) -> tuple[Operation, ...]:
+        """Everything collected: attributes and children first, then forwards, then seals of ancestors."""
+        found = list(self._operations)
+        for path, edit in self._blocks.items():
+            graph = edit.traced.graph
+            graph.lint()
+            source, names = graph_source(graph)
+            found += [AddChild(path, name, spec) for name, spec in edit.children]
+            found.append(Reforward(path, source, names, edit.traced.locked))
+        found += self._seals({op.path for op in found if isinstance(op, Reforward)})
+        return tuple(found)
+
+    def _seals(self, rewritten: set[str]) -> list[Operation]:
+        """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""
+        seals: list[Operation] = []
+        above = {path.rsplit(".", depth)[0] for path in rewritten for depth in range(1, path.count(".") + 1)}
+        for path in sorted((above | {""}) - rewritten if rewritten else ()):
+            kind = original_class(self._recording.modules[path])
+            if any(callable(getattr(kind, name, None)) for name in FUSERS):
+                seals.append(Reforward(path, "", (), ()))
+        return seals
+
+
+def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
+    """Carry the operations out on `model`, in place: all of them, or none.
+
+    Raises:
+        PadfreeError: one failed; the model is as it was before.
+    """
+    with _undoing() as undo:
+        for operation in operations:
+            _DO[type(operation)](model, operation, undo)
+    return model
+
+
+Undo = list[Callable[[], None]]
+
+
+@contextmanager
+def _undoing() -> Iterator[Undo]:
+    undo: Undo = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _set_attributes(model: nn.Module, operation: SetAttributes, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    for name, value in operation.values:
+        if name not in module.__dict__:
+            raise PadfreeError(f"`{operation.path}` has no plain attribute `{name}` to set")
+        undo.append(_restore(module.__dict__, name))
+        module.__dict__[name] = _shaped_like(value, module.__dict__[name])
+
+
+def _shaped_like(value: Any, old: Any) -> Any:
+    """(p, p) as the kind of thing that stood there: an int stays an int."""
+    if isinstance(value, tuple) and len(set(value)) == 1 and isinstance(old, int) and not isinstance(old, bool):
+        return value[0]
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
+        return type(old)([value] * len(old))
+    return value
+
+
+def _restore(table: dict[str, Any], name: str) -> Callable[[], None]:
+    old = dict(table)
+    return lambda: (table.clear(), table.update(old), None)[-1]
+
+
+def _add_child(model: nn.Module, operation: AddChild, undo: Undo) -> None:
+    parent = model.get_submodule(operation.path)
+    if operation.name in parent._modules:
+        raise PadfreeError(f"`{operation.path}` has a child named `{operation.name}` already")
+    undo.append(_restore(parent._modules, operation.name))
+    parent._modules[operation.name] = operation.spec.build(model)
+
+
+def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
+    parent_path, _, name = operation.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    end = parent._modules[name]
+    assert end is not None
+    undo.append(_restore(parent._modules, name))
+    parent._modules[name] = operation.spec.build(model, end)
+
+
+def _resize(model: nn.Module, operation: Resize, undo: Undo) -> None:
+    path, _, name = operation.path.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters[name]
+    assert old is not None
+    undo.append(_restore(module._parameters, name))
+    with torch.no_grad():
+        new = _interpolated(old.detach(), operation.shape)
+    module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _interpolated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor.clone()
+    if tensor.is_meta:
+        return tensor.new_empty(shape)
+    spatial = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return F.interpolate(spatial, size=shape[2:], mode="bilinear", align_corners=True).to(tensor.dtype)
+
+
+def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    old = type(module)
+    undo.append(lambda: setattr(module, "__class__", old))
+    source, names, locked = operation.source, operation.names, operation.locked
+    if not source and old is not original_class(module):  # sealed already, or rewritten and so sealed
+        return
+    module.__class__ = rewritten_class(original_class(module), source, names, locked)
+
+
+_DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
+    SetAttributes: _set_attributes,
+    AddChild: _add_child,
+    ReplaceEnd: _replace_end,
+    Resize: _resize,
+    Reforward: _reforward,
+}
+
+
+def is_pool(op: Op) -> bool:
+    """Whether a recorded operation is a max- or average-pool."""
+    return op.kind in MAX_POOLS | AVG_POOLS

@@ -1,0 +1,337 @@
+"""The block tracer: one module's own forward as a small torch.fx graph, checked against the original.
+
+Every child is a leaf, so hooks on children keep firing and their classes keep their meaning. The trace
+runs on a stand-in under a spy class that notes which plain state the forward reads (baked into the
+graph, so it becomes *locked*) and whether it writes any (then the block is refused). The unedited graph
+must then issue, in eval and in train mode, exactly the operations, arguments and dataflow that the
+original forward issues: equal streams mean equal values, gradients and buffers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from padfree.errors import Refusal
+from padfree.record import Call, Op, Recorder, Recording, Value, _collect, _storage, first_line
+
+Locked = tuple[tuple[str, Any], ...]
+_SIMPLE = (bool, int, float, str, type(None))
+_OPAQUE = "<object>"
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """A block's forward as a graph, tied to the recording.
+
+    Attributes:
+        path: the block's path. graph: its own forward, children as leaves.
+        nodes: graph node by recorded value. anchors: graph node by recorded operation.
+        locked: plain state baked into the graph, with its value where that is simple.
+    """
+
+    path: str
+    graph: fx.Graph
+    nodes: dict[int, fx.Node]
+    anchors: dict[int, fx.Node]
+    locked: Locked
+
+
+def trace_block(recording: Recording, call: Call) -> TracedBlock:
+    """Trace the forward of the module that `call` calls.
+
+    Raises:
+        Refusal: its forward cannot be replaced by a graph, with the reason.
+    """
+    module = recording.modules[call.path]
+    where = f"`{call.path}` ({type(module).__name__})" if call.path else f"the model itself ({type(module).__name__})"
+    _check_kind(module, where)
+    spy = _Spy(module)
+    eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
+    if str(eval_graph) != str(train_graph):
+        raise Refusal(f"the forward of {where} runs other code in training than in eval mode")
+    if spy.writes:
+        raise Refusal(f"the forward of {where} writes its own attribute `{sorted(spy.writes)[0]}`")
+    if call.path == "" and spy.methods:
+        raise Refusal(
+            f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which other callers would run "
+            "unconverted; move the layers into a child module"
+        )
+    for node in eval_graph.nodes:
+        if node.op == "get_attr" and not _resolves(module, str(node.target)):
+            raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
+    nodes, anchors = _link(recording, call, eval_graph, where)
+    return TracedBlock(call.path, eval_graph, nodes, anchors, spy.locked())
+
+
+def _check_kind(module: nn.Module, where: str) -> None:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Refusal(f"{where} is TorchScript; convert the Python model, then script it")
+    if isinstance(module, fx.GraphModule):
+        raise Refusal(f"{where} is a torch.fx GraphModule; convert the model first, then trace it")
+    if "forward" in module.__dict__:
+        raise Refusal(f"{where} has a forward of its own on the instance, which an edited class cannot replace")
+
+
+class _Spy:
+    """A stand-in for a module that shares its children and notes what its own forward touches."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.reads: dict[str, Any] = {}
+        self.writes: set[str] = set()
+        self.methods: set[str] = set()
+        base = type(module)
+        plain = set(nn.Module().__dict__)
+
+        def __getattribute__(this: Any, name: str) -> Any:  # noqa: N807
+            value = base.__getattribute__(this, name)
+            if name not in plain and not (name.startswith("__") and name.endswith("__")):
+                if name in object.__getattribute__(this, "__dict__"):
+                    self.reads.setdefault(name, value)
+                elif inspect.ismethod(value) and not hasattr(nn.Module, name) and name != "forward":
+                    self.methods.add(name)
+            return value
+
+        def __getattr__(this: Any, name: str) -> Any:  # noqa: N807
+            value = base.__getattr__(this, name)
+            if value is None:  # an absent child, parameter or buffer: its absence is baked
+                self.reads.setdefault(name, None)
+            return value
+
+        def __setattr__(this: Any, name: str, value: Any) -> None:  # noqa: N807
+            if name != "training":
+                self.writes.add(name)
+            base.__setattr__(this, name, value)
+
+        members = {
+            "__getattribute__": __getattribute__,
+            "__getattr__": __getattr__,
+            "__setattr__": __setattr__,
+            "__module__": base.__module__,
+        }
+        self.kind: type[nn.Module] = type(base)(base.__name__, (base,), members)
+        self.module = module
+        self.stand_in: nn.Module = module
+
+    def fresh(self, training: bool) -> nn.Module:
+        """A new stand-in; the spy starts to note from here."""
+        stand_in: nn.Module = self.kind.__new__(self.kind)
+        state = dict(self.module.__dict__)
+        for name in ("_modules", "_parameters", "_buffers"):
+            state[name] = state[name].copy()
+        state["training"] = training
+        object.__getattribute__(stand_in, "__dict__").update(state)
+        return stand_in
+
+    def locked(self) -> Locked:
+        """What the forward read, as (name, value); values that do not compare simply are opaque."""
+        return tuple(sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items()))
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return type(value) is tuple and all(_is_simple(item) for item in value)
+    return type(value) in _SIMPLE
+
+
+class BlockTracer(fx.Tracer):
+    """Traces one forward with every child a leaf; non-tensor arguments are bound to recorded values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True
+        self.bound: dict[str, Any] = {}
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child is a leaf."""
+        return True
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """A placeholder for each parameter of the forward; those bound to a non-tensor pass its value."""
+        args: list[Any] = [self.root]
+        for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            proxy = self.create_proxy("placeholder", parameter.name, default, {})
+            if parameter.name in self.bound:
+                value = self.bound[parameter.name]
+                self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
+                args.append(value)
+            else:
+                args.append(proxy)
+        return root_fn, args
+
+
+def expect_argument(found: Any, expected: Any, name: str) -> None:
+    """Generated code calls this for an argument whose recorded value its graph was traced with."""
+    if not (found is expected or found == expected):
+        raise RuntimeError(
+            f"this converted block was traced with {name}={expected!r} and got {found!r}; "
+            "convert the model with a forward that passes it so"
+        )
+
+
+def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
+    stand_in = spy.fresh(training)
+    arguments = _bind(stand_in, call, where)
+    tracer = BlockTracer()
+    tracer.bound = {name: value for name, value in arguments.items() if not _holds_tensor(value)}
+    for name, value in tracer.bound.items():
+        if not _is_simple(value):
+            raise Refusal(f"the forward of {where} takes `{name}`, a {type(value).__name__}, which cannot be baked")
+    spy.writes.clear()
+    try:
+        return tracer.trace(stand_in)
+    except Exception as error:
+        raise Refusal(
+            f"the forward of {where} cannot be traced: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
+    signature = inspect.signature(type(module).forward)
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+        raise Refusal(f"the forward of {where} takes *args or **kwargs")
+    args, kwargs = call.arguments
+    bound = signature.bind(module, *args, **kwargs)
+    bound.apply_defaults()
+    return dict(list(bound.arguments.items())[1:])
+
+
+def _holds_tensor(tree: Any) -> bool:
+    tensors: list[torch.Tensor] = []
+    _collect((tree,), tensors)
+    return bool(tensors)
+
+
+def _resolves(module: nn.Module, path: str) -> bool:
+    try:
+        for name in path.split("."):
+            module = getattr(module, name)
+    except AttributeError:
+        return False
+    return True
+
+
+class _LinkingInterpreter(fx.Interpreter):
+    """Runs a graph under a recorder and notes which node issued each operation and made each value."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
+        super().__init__(module, garbage_collect_values=False, graph=graph)  # type: ignore[arg-type]
+        self.recorder = recorder
+        self.node_of_value: dict[int, fx.Node] = {}
+        self.node_of_op: list[fx.Node] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One node."""
+        result = super().run_node(n)
+        self.node_of_op += [n] * (len(self.recorder.ops) - len(self.node_of_op))
+        if isinstance(result, torch.Tensor) and n.op != "output":
+            self.node_of_value.setdefault(self.recorder.value(result), n)
+        return result
+
+
+def _link(
+    recording: Recording, call: Call, graph: fx.Graph, where: str
+) -> tuple[dict[int, fx.Node], dict[int, fx.Node]]:
+    """Self-check in both modes; then nodes by recorded value and by recorded operation."""
+    module = recording.modules[call.path]
+    names = {_storage(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    for training in (True, False):
+        _set_training(module, training)
+        try:
+            arguments = _repeat_batch(call.arguments) if training else call.arguments
+            original, ops_before, _ = _run_original(module, arguments, names)
+            traced, ops_after, interpreter = _run_graph(module, graph, arguments, names, call, where)
+        except Refusal:
+            raise
+        except Exception as error:
+            if training and original_fails(module, call, names):
+                continue
+            raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
+        finally:
+            _set_training(module, False)
+        if original != traced or ops_before != ops_after:
+            mode = "train" if training else "eval"
+            raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
+    recorded = recording.ops[call.ops.start : call.ops.stop]
+    if [op.kind for op in recorded] != [op.kind for op in ops_after]:
+        raise Refusal(f"the forward of {where} does not do the same twice")
+    to_global = _value_table(call, recorded, ops_after)
+    nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
+    anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
+    return nodes, anchors
+
+
+def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool:
+    """Whether the original itself cannot run in train mode on the recorded shapes."""
+    _set_training(module, True)
+    try:
+        _run_original(module, _repeat_batch(call.arguments), names)
+    except Exception:
+        return True
+    finally:
+        _set_training(module, False)
+    return False
+
+
+Stream = tuple[list[Value], list[Op]]
+
+
+def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> tuple[list[Value], list[Op], Recorder]:
+    recorder = _recorder(arguments, names)
+    args, kwargs = arguments
+    with torch.random.fork_rng(devices=[]), recorder:
+        type(module).forward(module, *args, **kwargs)
+    return recorder.values, recorder.ops, recorder
+
+
+def _run_graph(
+    module: nn.Module, graph: fx.Graph, arguments: Any, names: dict[int, str], call: Call, where: str
+) -> tuple[list[Value], list[Op], _LinkingInterpreter]:
+    recorder = _recorder(arguments, names)
+    replaced = Call(call.index, call.path, call.parent, call.inputs, call.outputs, call.ops, arguments)
+    values = list(_bind(module, replaced, where).values())
+    interpreter = _LinkingInterpreter(module, graph, recorder)
+    with torch.random.fork_rng(devices=[]), recorder:
+        interpreter.run(*values, enable_io_processing=False)
+    return recorder.values, recorder.ops, interpreter
+
+
+def _recorder(arguments: Any, names: dict[int, str]) -> Recorder:
+    recorder = Recorder(names)
+    tensors: list[torch.Tensor] = []
+    _collect(arguments, tensors)
+    for tensor in tensors:
+        recorder.enter(tensor)
+    return recorder
+
+
+def _value_table(call: Call, recorded: tuple[Op, ...], local: list[Op]) -> dict[int, int]:
+    table = dict(enumerate(call.inputs))
+    for ours, theirs in zip(local, recorded, strict=True):
+        table.update(zip(ours.outputs, theirs.outputs, strict=True))
+    return table
+
+
+def _repeat_batch(tree: Any) -> Any:
+    """The arguments with batches of one doubled: batch norms in train mode need two values a channel."""
+    if isinstance(tree, torch.Tensor):
+        alone = tree.dim() > 1 and tree.shape[0] == 1
+        return tree.expand(2, *tree.shape[1:]).clone() if alone else tree
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(_repeat_batch(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: _repeat_batch(item) for key, item in tree.items()}
+    return tree
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    for child in module.modules():
+        child.training = training

@@ -1,0 +1,92 @@
+"""Whether a converted copy still is the network it was: it runs, keeps its keys and its outputs' shapes,
+and pads, resizes and rolls no more than before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import nn
+
+from padfree.errors import Refusal
+from padfree.record import Op, Recording, first_line, record
+
+_RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
+
+
+def verify(
+    original: Recording, converted: nn.Module, *, allow_resize: bool = False, resized: Iterable[str] = ()
+) -> Recording:
+    """Run the converted copy on the recording's input size and compare.
+
+    Args:
+        original: recording of the model as it was.
+        converted: a copy of `original.model` that the operations were carried out on.
+        allow_resize: accept new pads, interpolations and rolls.
+        resized: parameters that may have another shape.
+
+    Raises:
+        Refusal: what differs, with the sizes.
+    """
+    _check_state(original.model, converted, set(resized))
+    try:
+        after = record(converted, original.input_size, copied=True)
+    except Exception as error:
+        raise Refusal(_blame(error)) from error
+    before_shapes = [original.values[value].shape for value in original.outputs]
+    after_shapes = [after.values[value].shape for value in after.outputs]
+    if len(before_shapes) != len(after_shapes) or any(
+        len(a) != len(b) or a[:2] != b[:2] for a, b in zip(before_shapes, after_shapes, strict=True)
+    ):
+        raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
+    if not allow_resize:
+        _check_resizing(original, after)
+    return after
+
+
+def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:
+    before = {key: tuple(tensor.shape) for key, tensor in original.state_dict().items()}
+    after = {key: tuple(tensor.shape) for key, tensor in converted.state_dict().items()}
+    if [key for key in after if key in before] != list(before):
+        raise Refusal("the conversion would lose or reorder keys of the state dict")
+    for key, shape in before.items():
+        if after[key] != shape and key not in resized:
+            raise Refusal(f"the conversion would change the shape of `{key}`")
+
+
+def _check_resizing(before: Recording, after: Recording) -> None:
+    had, has = _resizing(before), _resizing(after)
+    for (kind, path), count in has.items():
+        if count > had[(kind, path)]:
+            op = next(o for o in after.ops if _resizes(o) and (o.kind, _path(after, o)) == (kind, path))
+            shape = [after.values[value].shape for value in (op.inputs[0], op.outputs[0])]
+            was = _shape_at(before, path)
+            raise Refusal(
+                f"`{path}` would newly run {kind} ({shape[0]} to {shape[1]}; before: {was}); "
+                "Options(allow_resize=True) accepts that"
+            )
+
+
+def _resizing(recording: Recording) -> Counter[tuple[str, str]]:
+    return Counter((op.kind, _path(recording, op)) for op in recording.ops if _resizes(op))
+
+
+def _resizes(op: Op) -> bool:
+    if not op.inputs or not (op.kind in _RESIZING or op.kind.startswith("upsample")):
+        return False
+    return not (op.kind == "constant_pad_nd" and not any(op.args[0][1]))
+
+
+def _path(recording: Recording, op: Op) -> str:
+    return recording.calls[op.call].path if op.call >= 0 else ""
+
+
+def _shape_at(recording: Recording, path: str) -> str:
+    calls = recording.calls_of.get(path, [])
+    shapes = [recording.values[value].shape for call in calls[:1] for value in call.inputs[:1]]
+    return str(shapes[0]) if shapes else "not called"
+
+
+def _blame(error: Exception) -> str:
+    """One line: where the converted copy failed and on what sizes."""
+    return f"the converted model would fail: {type(error).__name__}: {first_line(error)}"
