@@ -1,0 +1,219 @@
+"""`padfree-recipes`: the paper's experiments from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from padfree.errors import PadfreeError
+
+from .files import RecipeError, find, load, names, write_text
+
+EPILOG = """NAME is a recipe of `padfree-recipes list`, or the path of a recipe file.
+key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 for success, 1 where a table is off, 2 for anything wrong with the request."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes a list of settings only where they stand together; here they may follow options
+    if not hasattr(arguments, "changes") or any(item.startswith("-") for item in rest):
+        parser.parse_args(argv)
+    else:
+        arguments.changes += rest
+    try:
+        code: int = arguments.run(arguments)
+    except PadfreeError as error:
+        print(f"padfree-recipes: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("padfree-recipes: interrupted; `--resume` goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="names of all recipes")
+    command.add_argument("--json", action="store_true", help="as a JSON list")
+    command.set_defaults(run=_list)
+
+    command = commands.add_parser("show", help="print a recipe")
+    command.add_argument("name", metavar="NAME")
+    command.set_defaults(run=_show)
+
+    command = commands.add_parser("copy", help="write a recipe to a file, to edit it")
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("file", metavar="FILE", type=Path)
+    command.set_defaults(run=_copy)
+
+    command = commands.add_parser("table", help="measured figures beside the published ones")
+    command.add_argument("--table", metavar="T", help="only this one; `bsconv` for BSConv's own tables")
+    command.add_argument("--recipe", metavar="NAME", help="only the rows of this recipe")
+    command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
+    command.set_defaults(run=_table)
+
+    _add_training(commands)
+    return parser
+
+
+def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("train", help="train a recipe", epilog=EPILOG)
+    _add_recipe(command)
+    command.add_argument("--variant", default="padfree", help="what to train (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of values, order and augmentation")
+    command.add_argument("--out", type=Path, help="run folder (default: runs/NAME/VARIANT-seedN)")
+    command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    command.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("evaluate", help="accuracy of a run on its test images")
+    command.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
+    command.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    command.add_argument("--data-root", metavar="DIR", help="where the data lie now")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
+    command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("compare", help="original against padfree over seeds", epilog=EPILOG)
+    _add_recipe(command)
+    command.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)"
+    )
+    command.add_argument("--variants", default="original,padfree", help="default: %(default)s")
+    command.add_argument("--out", type=Path, help="folder (default: runs/NAME/compare)")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.set_defaults(run=_compare)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="NAME")
+    command.add_argument("changes", metavar="key=value", nargs="*")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    print(json.dumps(names()) if arguments.json else "\n".join(names()))
+    return 0
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    load(arguments.name)  # says what is wrong with it before it is shown
+    sys.stdout.write(find(arguments.name).read_text(encoding="utf-8"))
+    return 0
+
+
+def _copy(arguments: argparse.Namespace) -> int:
+    source, target = find(arguments.name), arguments.file
+    if target.exists():
+        raise RecipeError(f"{target} is there already; give another name")
+    if not target.parent.is_dir():
+        raise RecipeError(f"{target.parent} is no folder; make it first")
+    write_text(target, source.read_text(encoding="utf-8"))
+    return 0
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    from .report import show_bsconv, show_lines, write_json
+    from .tables import Line, lines, recipe_lines
+
+    errors = Console(stderr=True)
+    found: list[Line] = []
+    with errors.status("") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"counting {text}")
+
+        if arguments.table == "bsconv":
+            from .bsconv_table import bsconv_lines
+
+            rows = list(bsconv_lines(progress=progress))
+        elif arguments.recipe:
+            found = list(recipe_lines(load(arguments.recipe), progress))
+        else:
+            found = list(lines(arguments.table, progress))
+    if arguments.table == "bsconv":
+        if arguments.json:
+            write_json([row.to_dict() for row in rows], arguments.json)
+        else:
+            show_bsconv(rows, Console())
+        return int(any(row.off or row.skipped for row in rows))
+    if arguments.json:
+        write_json([line.to_dict() for line in found], arguments.json)
+    else:
+        show_lines(found, Console())
+    return int(any(line.off for line in found))
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .train import Run, train
+
+    recipe = load(arguments.name, arguments.changes)
+    train(
+        Run(
+            recipe,
+            variant=arguments.variant,
+            seed=arguments.seed,
+            folder=arguments.out,
+            resume=arguments.resume,
+            mixed_precision=arguments.mixed_precision,
+            cpu=arguments.cpu,
+            quiet=arguments.quiet,
+        )
+    )
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluate import evaluate_run
+    from .report import write_json
+
+    result = evaluate_run(
+        arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu
+    )
+    if arguments.json:
+        write_json(result, arguments.json)
+    else:
+        print(
+            f"{result['recipe']} {result['variant']}, epoch {result['epoch']}: "
+            f"top-1 {result['top1']:.2f} % of {result['images']} images, loss {result['loss']:.4f}"
+        )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import compare_variants
+
+    recipe = load(arguments.name, arguments.changes)
+    compare_variants(
+        recipe,
+        seeds=arguments.seeds,
+        variants=tuple(arguments.variants.split(",")),
+        folder=arguments.out,
+        cpu=arguments.cpu,
+        quiet=arguments.quiet,
+    )
+    return 0
+
+
+def _one_line(text: str) -> str:
+    """The message; of an error that came out of a loading process, its last line."""
+    return " ".join(text.split()) if "Original Traceback" not in text else text.strip().splitlines()[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

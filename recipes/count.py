@@ -1,0 +1,192 @@
+"""Parameters and operations of a network under the paper's three conventions.
+
+`bsconv`: the bsconv package's `ModelProfiler`: one per multiply-add, bias adds, 2 per batch-norm
+element, 1 per ReLU element and per pool input. It sees modules only, so the inputs of max-pools that
+are function calls are counted here and added.
+
+`fvcore`: `fvcore.nn.FlopCountAnalysis`: multiply-adds of conv and linear, plus its norm and
+adaptive-pool handlers. Max-pools, additions and averages written as a mean count nothing.
+
+`modules`: conv and linear multiply-adds, conv bias adds, 2 per batch-norm element, adaptive-pool
+inputs. Matrix products of attention count nothing (the EfficientFormerV2 rows, inferred).
+
+All of them count one image. Source: paper.md, "Counting conventions".
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from padfree.errors import PadfreeError
+
+Convention = Literal["bsconv", "fvcore", "modules"]
+
+_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_POOL_FUNCTIONS = (
+    torch.nn.functional.max_pool2d,
+    torch.max_pool2d,
+    torch.nn.functional.max_pool2d_with_indices,
+)
+_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one network costs for one image.
+
+    Attributes:
+        convention: how `flops` was counted.
+        params: trainable parameters.
+        bare_params: those of them that belong to no conv, linear or norm layer (position embeddings
+            and attention bias tables); published figures of ParC and EfficientFormerV2 leave them out.
+        flops: operations under the convention.
+        conv_linear: multiply-adds of conv and linear layers alone (`fvcore` only, else None).
+        downsampling_pool_inputs: inputs of strided max-pools, part of `flops` (`bsconv` only).
+    """
+
+    convention: Convention
+    params: int
+    bare_params: int
+    flops: int
+    conv_linear: int | None = None
+    downsampling_pool_inputs: int | None = None
+
+
+def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
+    """Count a network on a square image of `input_side` pixels.
+
+    The model is left as it is: a copy is run in eval mode, without data (on meta tensors) where the
+    counter allows it; fvcore's tracing does not.
+
+    Raises:
+        PadfreeError: the convention is unknown.
+    """
+    if convention not in get_args(Convention):
+        raise PadfreeError(
+            f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}"
+        )
+    device = "cpu" if convention == "fvcore" else "meta"
+    ghost = copy.deepcopy(model).to(device).eval()
+    image = torch.zeros(1, 3, input_side, input_side, device=device)
+    params, bare = _params(model)
+    conv_linear = pool_inputs = None
+    if convention == "bsconv":
+        flops, pool_inputs = _bsconv(ghost, image)
+    elif convention == "fvcore":
+        flops, conv_linear = _fvcore(ghost, image)
+    else:
+        flops = _modules(ghost, image)
+    return Count(convention, params, bare, flops, conv_linear, pool_inputs)
+
+
+def _params(model: nn.Module) -> tuple[int, int]:
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layered = sum(
+        p.numel()
+        for module in model.modules()
+        if isinstance(module, _WEIGHTED + _NORMS)
+        for p in module.parameters(recurse=False)
+        if p.requires_grad
+    )
+    return total, total - layered
+
+
+def _bsconv(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    import bsconv.pytorch
+
+    # its own input is made by a legacy constructor that knows no meta tensors
+    profile = type("Profiler", (bsconv.pytorch.ModelProfiler,), {"get_input": lambda *_, **__: image})
+    with torch.no_grad(), warnings.catch_warnings(), _PoolInputs() as pools, _pools_in_modules(model, pools):
+        warnings.simplefilter("ignore")  # it warns of every kind of layer that it counts as nothing
+        profiler = profile(model)
+    return int(profiler.total_flop_count) + pools.functional, pools.strided
+
+
+def _fvcore(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    from fvcore.nn import FlopCountAnalysis
+
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)  # lists what counts as nothing
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        analysis = FlopCountAnalysis(model, image)
+        kinds = analysis.by_operator()
+        return int(analysis.total()), int(kinds["conv"] + kinds["linear"])
+
+
+def _modules(model: nn.Module, image: Tensor) -> int:
+    total = 0
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            pixels = output.numel() // output.shape[1]
+            total += pixels * module.weight.numel() + (output.numel() if module.bias is not None else 0)
+        elif isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        elif isinstance(module, nn.BatchNorm2d):
+            total += 2 * output.numel()
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            total += inputs[0].numel()
+
+    handles: list[RemovableHandle] = [module.register_forward_hook(hook) for module in model.modules()]
+    with torch.no_grad():
+        model(image)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+class _PoolInputs(TorchFunctionMode):
+    """Adds up the input elements of max-pools that are run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functional = 0  # of pools outside of a max-pool module
+        self.strided = 0  # of pools with a stride over 1, wherever they are
+        self.in_modules = 0  # depth of max-pool modules being run
+        self.in_pools = 0  # depth of pool functions being run: one may call another of its names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _POOL_FUNCTIONS:
+            return func(*args, **(kwargs or {}))
+        if not self.in_pools:
+            given = dict(zip(("input", "kernel_size", "stride"), args, strict=False)) | (kwargs or {})
+            inputs, stride = given["input"].numel(), given.get("stride") or given["kernel_size"]
+            self.functional += 0 if self.in_modules else inputs
+            self.strided += inputs if stride not in (1, (1, 1), [1, 1]) else 0
+        self.in_pools += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.in_pools -= 1
+
+
+@contextmanager
+def _pools_in_modules(model: nn.Module, pools: _PoolInputs) -> Iterator[None]:
+    def enter(module: nn.Module, inputs: Any) -> None:
+        pools.in_modules += 1
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        pools.in_modules -= 1
+
+    handles: list[RemovableHandle] = []
+    for module in model.modules():
+        if isinstance(module, _POOLS):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

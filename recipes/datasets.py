@@ -1,0 +1,240 @@
+"""The recipes' data sets: what lies on disk, made into pairs of an image tensor and a class index.
+
+Whatever is missing, damaged or of another shape is one clear line: what was looked for, where, and how
+to get it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+
+from padfree.errors import PadfreeError
+
+from .schema import Recipe
+from .transforms import compose
+
+Transform = Callable[[Any], Tensor]
+
+
+class DataError(PadfreeError):
+    """A data set is not there, not whole, or not what the recipe says."""
+
+
+def build_dataset(recipe: Recipe, train: bool) -> Any:
+    """The training or the test images of a recipe.
+
+    Returns:
+        A map-style or (timm's streaming readers) iterable dataset of `(image, class)`: a float tensor
+        (3, side, side) and an integer below the recipe's `num_classes`.
+
+    Raises:
+        DataError: see the module.
+    """
+    transform = compose(recipe.data.train if train else recipe.data.eval)
+    dataset = _SOURCES[recipe.data.dataset](recipe, train, transform)
+    if not isinstance(dataset, IterableDataset):
+        _check(recipe, dataset, train)
+    return dataset
+
+
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Scikit-learn's bundled handwritten digits: 8x8 grey images of ten classes.
+
+    One fifth, drawn evenly over the classes and the same in every run, is the test set: 1,437 and 360.
+    """
+
+    def __init__(self, train: bool, transform: Transform) -> None:
+        from PIL import Image
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        grey, targets = load_digits(return_X_y=True)
+        split = train_test_split(grey, targets, test_size=0.2, random_state=0, stratify=targets)
+        pixels, classes = (split[0], split[2]) if train else (split[1], split[3])
+        bright = (pixels.reshape(-1, 8, 8) * (255 / 16)).astype("uint8")  # 0 .. 16 -> 0 .. 255
+        self.images = [Image.fromarray(image).convert("RGB") for image in bright]
+        self.targets = [int(target) for target in classes]
+        self.classes = [str(digit) for digit in range(10)]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[index]), self.targets[index]
+
+
+def open_image(path: str) -> Any:
+    """An RGB image from a file.
+
+    Raises:
+        DataError: the file is not there, damaged, or no image.
+    """
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError) as error:
+        raise DataError(f"{path}: cannot be read as an image: {error}; fetch or extract it again") from error
+
+
+def _digits(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    return Digits(train, transform)
+
+
+def _cifar(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    from torchvision import datasets
+
+    root = _root(recipe)
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[recipe.data.dataset]
+    folder = root / kind.base_folder
+    if not folder.is_dir() and not recipe.data.download:
+        raise DataError(
+            f"no {kind.__name__}: looked for its python version in {folder}; data.download=true fetches it, "
+            f"or extract {kind.url} there"
+        )
+    try:
+        return kind(root, train=train, transform=transform, download=recipe.data.download)
+    except (RuntimeError, OSError, KeyError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{folder}: {kind.__name__} is there but not whole (a file is missing or its checksum is wrong); "
+            f"remove the folder and fetch it again with data.download=true"
+        ) from error
+
+
+def _stanford_dogs(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    from bsconv.datasets import StanfordDogs
+
+    root = _root(recipe)
+    if recipe.data.download:
+        fetch_stanford_dogs(root, StanfordDogs.sources)
+    wanted = [name for source in StanfordDogs.sources for name in source["extracted_filenames"]]
+    missing = [name for name in wanted if not (root / name).exists()]
+    if missing:
+        raise DataError(
+            f"no Stanford Dogs: {root} has no {', '.join(missing)}; data.download=true fetches images.tar "
+            f"and lists.tar from vision.stanford.edu/aditya86/ImageNetDogs and extracts them"
+        )
+    try:
+        return StanfordDogs(root, train=train, transform=transform, loader=open_image)
+    except AssertionError as error:
+        raise DataError(
+            f"{root}: the lists of Stanford Dogs do not name 12,000 training and 8,580 test images; "
+            f"extract lists.tar again"
+        ) from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(
+            f"{root}: the lists of Stanford Dogs are damaged ({error}); extract lists.tar again"
+        ) from error
+
+
+def fetch_stanford_dogs(root: Path, sources: Any) -> None:
+    """Download (checksummed) and extract the archives that are not extracted yet.
+
+    Members that would land outside of `root` are refused by tarfile's data filter.
+    """
+    from torchvision.datasets.utils import download_url
+
+    for source in sources:
+        if all((root / name).exists() for name in source["extracted_filenames"]):
+            continue
+        try:
+            download_url(source["url"], str(root), source["filename"], source["md5"])
+            with tarfile.open(root / source["filename"]) as archive:
+                archive.extractall(root, filter="data")
+        except (OSError, RuntimeError, tarfile.TarError) as error:
+            raise DataError(f"{source['url']}: could not be fetched to {root}: {error}") from error
+
+
+def _folder(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    root = _root(recipe)
+    splits = {True: root / recipe.data.train_split, False: root / recipe.data.eval_split}
+    for folder in splits.values():
+        if not folder.is_dir():
+            raise DataError(
+                f"no images: looked for {folder}/<class>/<image>; put the training images into "
+                f"{splits[True]} and the test images into {splits[False]}, one folder per class, "
+                f"or set data.root"
+            )
+    try:
+        dataset = ImageFolder(str(splits[train]), transform=transform, loader=open_image)
+    except FileNotFoundError as error:
+        raise DataError(f"{splits[train]}: {error}") from error
+    other = {path.name for path in splits[not train].iterdir() if path.is_dir()}
+    if unlike := sorted(set(dataset.classes) ^ other):
+        raise DataError(
+            f"{splits[True]} and {splits[False]} do not hold the same classes: "
+            f"{', '.join(unlike[:3])}{' ...' if len(unlike) > 3 else ''} is in one of them only"
+        )
+    return dataset
+
+
+def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    from timm.data import create_dataset
+
+    data = recipe.data
+    split = data.train_split if train else data.eval_split
+    try:
+        dataset = create_dataset(
+            data.reader,
+            root=data.root,
+            split=split,
+            is_training=train,
+            download=data.download,
+            batch_size=recipe.training.batch_size,
+            num_samples=data.train_samples if train else data.eval_samples,
+        )
+    except Exception as error:  # the readers' packages raise kinds of their own
+        raise DataError(
+            f"timm's reader {data.reader!r} cannot open split {split!r} at {data.root}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    dataset.transform = transform
+    return dataset
+
+
+_SOURCES: dict[str, Callable[[Recipe, bool, Transform], Any]] = {
+    "digits": _digits,
+    "cifar10": _cifar,
+    "cifar100": _cifar,
+    "stanford-dogs": _stanford_dogs,
+    "folder": _folder,
+    "timm": _timm,
+}
+
+
+def _root(recipe: Recipe) -> Path:
+    if recipe.data.root is None:
+        raise DataError(f"recipe {recipe.name} names no data.root for {recipe.data.dataset}")
+    return Path(recipe.data.root).expanduser()
+
+
+def _check(recipe: Recipe, dataset: Any, train: bool) -> None:
+    """Look at the classes and at the first image."""
+    split = "training" if train else "test"
+    where = recipe.data.root or recipe.data.dataset
+    if len(dataset) == 0:
+        raise DataError(f"{where}: the {split} set is empty")
+    classes = getattr(dataset, "classes", None) or getattr(dataset, "unique_class_names", None)
+    if classes is not None and len(classes) != recipe.model.num_classes:
+        raise DataError(
+            f"{where}: the {split} set has {len(classes)} classes and the recipe says "
+            f"model.num_classes: {recipe.model.num_classes}"
+        )
+    image, _ = dataset[0]
+    shape = tuple(getattr(image, "shape", ()))
+    side = recipe.model.input_side
+    if shape != (3, side, side) or image.dtype != torch.float32:
+        raise DataError(
+            f"{where}: after the {split} transforms an image is {shape or type(image).__name__}, "
+            f"and the recipe needs float32 {(3, side, side)}; add ToTensor, and Resize or a crop to {side}"
+        )

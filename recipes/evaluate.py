@@ -1,0 +1,110 @@
+"""Accuracy and loss, right under any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .checkpoints import WEIGHTS, RunError, checkpoints, read_progress, read_run
+from .loaders import eval_loader
+from .schema import Recipe
+
+
+class Scores:
+    """Mean loss and top-1 accuracy over images; `compute` puts all processes together.
+
+    Args:
+        num_classes: of the logits.
+        device: the metrics' states lie there.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device) -> None:
+        from torchmetrics import MeanMetric, SumMetric
+        from torchmetrics.classification import MulticlassAccuracy
+
+        self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
+        self.loss = MeanMetric(nan_strategy="disable").to(device)
+        self.images = SumMetric(nan_strategy="disable").to(device)
+
+    def update(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
+        """Add a batch: logits (N, classes), targets (N,), and its mean loss."""
+        self.top1.update(logits, targets)
+        self.loss.update(loss.float(), weight=len(targets))
+        self.images.update(len(targets))
+
+    def compute(self) -> tuple[float, float, int]:
+        """Mean loss, accuracy in percent, and number of images, over all processes."""
+        top1, loss, images = self.top1.compute(), self.loss.compute(), self.images.compute()
+        return float(loss), round(100 * float(top1), 4), int(images)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.device) -> Scores:
+    """Scores of a network on this process's test batches; the network's mode is put back after it.
+
+    The network is called without its distributed wrapper: processes may have different numbers of
+    batches, and only `Scores.compute` makes them meet.
+    """
+    was_training = model.training
+    model.eval()
+    scores = Scores(recipe.model.num_classes, device)
+    for images, targets in batches:
+        images, targets = images.to(device), targets.to(device)
+        logits = model(images)
+        scores.update(logits, targets, cross_entropy(logits.float(), targets))
+    model.train(was_training)
+    return scores
+
+
+def evaluate_run(
+    folder: Path, checkpoint: str = "best", *, data_root: str | None = None, cpu: bool = False
+) -> dict[str, Any]:
+    """Evaluate a run's best or last weights on its test images.
+
+    Args:
+        folder: of the run.
+        checkpoint: "best" or "last".
+        data_root: where the data lie now, if not where the recipe says.
+        cpu: leave accelerators alone.
+
+    Returns:
+        recipe, variant, epoch, top1 (percent), loss, images.
+
+    Raises:
+        RunError: the folder holds no such checkpoint, or its weights do not fit.
+    """
+    from accelerate import Accelerator
+
+    recipe, about = read_run(folder)
+    if data_root is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data_root})})
+    progress = read_progress(folder)
+    best = progress.best
+    if best is None:
+        raise RunError(f"{folder} has no checkpoint yet: no epoch was finished")
+    epoch = best.epoch if checkpoint == "best" else progress.done
+    weights = folder / "checkpoints" / f"epoch-{epoch:04}" / WEIGHTS
+    accelerator = Accelerator(cpu=cpu)
+    model = recipe.build(about["variant"])
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = ", ".join(path.name for path in checkpoints(folder))
+        raise RunError(f"{weights} does not fit the network ({error}); there are {kept}") from error
+    model.to(accelerator.device)
+    scores = evaluate(model, eval_loader(accelerator, recipe), recipe, accelerator.device)
+    loss, top1, images = scores.compute()
+    return {
+        "recipe": recipe.name,
+        "variant": about["variant"],
+        "epoch": epoch,
+        "top1": top1,
+        "loss": loss,
+        "images": images,
+    }

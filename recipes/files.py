@@ -1,0 +1,145 @@
+"""Recipe files: finding, reading, changing and writing them."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from padfree.errors import PadfreeError
+
+from .schema import Recipe
+
+LIBRARY = Path(__file__).parent / "library"
+
+
+class RecipeError(PadfreeError):
+    """A recipe is not there, is no YAML, or says something that a recipe cannot say."""
+
+
+def names() -> tuple[str, ...]:
+    """All recipes that come with the package, as `<table>/<model>`."""
+    found = (path.relative_to(LIBRARY).with_suffix("") for path in LIBRARY.glob("*/*.yaml"))
+    return tuple(sorted(path.as_posix() for path in found))
+
+
+def load(name: str | os.PathLike[str], changes: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name: a name from `names()`, or the path of a YAML file.
+        changes: `key=value` settings that replace what the file says, such as `optimizer.lr=0.01`;
+            values are YAML.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is wrong; every fault is named, with file and key.
+    """
+    path = find(name)
+    data = _read(path)
+    for change in changes:
+        data = _changed(data, change)
+    recipe_name = str(name) if str(name) in names() else str(path)
+    try:
+        return Recipe.model_validate({**data, "name": recipe_name})
+    except ValidationError as error:
+        faults = "; ".join(_fault(item) for item in error.errors(include_url=False))
+        number = f"{error.error_count()} fault" + ("s" if error.error_count() > 1 else "")
+        where = f"{path} with {' '.join(changes)}" if changes else str(path)
+        raise RecipeError(f"{where}: {number}: {faults}") from None
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        RecipeError: neither a recipe nor a file.
+    """
+    if os.fspath(name) in names():
+        return LIBRARY / f"{os.fspath(name)}.yaml"
+    path = Path(name)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(os.fspath(name), names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "`padfree-recipes list` shows the names"
+    raise RecipeError(f"no recipe and no file {os.fspath(name)!r}; {hint}")
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML that `load` reads back equal (but for its name)."""
+    data = recipe.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+    return yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: under another name first, then renamed."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file; a key given twice is a fault.
+
+    Raises:
+        RecipeError: the file cannot be read or is no YAML.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which says so when a mapping gives a key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.value[index][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, and this is {type(data).__name__}")
+    return data
+
+
+def _changed(data: dict[str, Any], change: str) -> dict[str, Any]:
+    key, equals, text = change.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"{change!r} is no setting; write key=value, such as optimizer.lr=0.01")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{change!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    changed = copy.deepcopy(data)
+    *parents, last = key.split(".")
+    place: Any = changed
+    for parent in parents:
+        place = place.setdefault(parent, {}) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise RecipeError(f"{change!r}: {'.'.join(parents)} is a value, not a group of keys")
+    place[last] = value
+    return changed
+
+
+def _fault(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "the recipe"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = item.get("input")
+    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{key}: {message}{shown}"

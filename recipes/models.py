@@ -1,0 +1,133 @@
+"""Source models of the recipes, as paper.md's "How the paper's bases map onto library models" has them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from padfree.errors import PadfreeError
+
+from .losses import orthonormal_loss
+from .parc import ParCMobileNetV2
+from .schema import ModelSpec
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The source model with fresh values from torch's current random state.
+
+    Raises:
+        PadfreeError: its package is not installed, or does not know the name or an argument.
+    """
+    try:
+        model = _BUILDERS[spec.builder](spec)
+    except ImportError as error:
+        raise PadfreeError(
+            f"builder {spec.builder} needs the package {error.name}: pip install {error.name}"
+        ) from error
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        named = f" {spec.name}" if spec.name else ""
+        given = f" with {spec.arguments}" if spec.arguments else ""
+        raise PadfreeError(f"builder {spec.builder} cannot make{named}{given}: {error}") from error
+    for path, stride in spec.strides.items():
+        _set_stride(model, path, stride)
+    return model
+
+
+def ghostnet_rows(stage2_stride: int = 2) -> list[list[list[float]]]:
+    """GhostNet's rows (kernel, expanded, out, SE ratio, stride), grouped in timm's stages.
+
+    Args:
+        stage2_stride: stride of the second stage: 2, and 1 for CIFAR.
+    """
+    return [
+        [[3, 16, 16, 0, 1]],
+        [[3, 48, 24, 0, stage2_stride]],
+        [[3, 72, 24, 0, 1]],
+        [[5, 72, 40, 0.25, 2]],
+        [[5, 120, 40, 0.25, 1]],
+        [[3, 240, 80, 0, 2]],
+        [
+            [3, 200, 80, 0, 1],
+            [3, 184, 80, 0, 1],
+            [3, 184, 80, 0, 1],
+            [3, 480, 112, 0.25, 1],
+            [3, 672, 112, 0.25, 1],
+        ],
+        [[5, 672, 160, 0.25, 2]],
+        [
+            [5, 960, 160, 0, 1],
+            [5, 960, 160, 0.25, 1],
+            [5, 960, 160, 0, 1],
+            [5, 960, 160, 0.25, 1],
+        ],
+    ]
+
+
+def _bsconv(spec: ModelSpec) -> nn.Module:
+    import bsconv.pytorch
+
+    made: Any = bsconv.pytorch.get_model(spec.name, num_classes=spec.num_classes, **spec.arguments)
+    if hasattr(made, "reg_loss"):
+        made.reg_loss = types.MethodType(orthonormal_loss, made)  # the package's own may read another copy
+    model: nn.Module = made
+    return model
+
+
+def _bsconv_mobilenetv3(spec: ModelSpec) -> nn.Module:
+    from bsconv.pytorch.mobilenet import build_mobilenet_v3
+
+    model: nn.Module = build_mobilenet_v3(num_classes=spec.num_classes, **spec.arguments)
+    return model
+
+
+def _torchvision(spec: ModelSpec) -> nn.Module:
+    import torchvision
+
+    model: nn.Module = torchvision.models.get_model(spec.name, num_classes=spec.num_classes, **spec.arguments)
+    return model
+
+
+def _timm(spec: ModelSpec) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(str(spec.name), num_classes=spec.num_classes, **spec.arguments)
+    return model
+
+
+def _timm_ghostnet(spec: ModelSpec) -> nn.Module:
+    from timm.models.ghostnet import GhostNet
+
+    arguments: dict[str, Any] = {"drop_rate": 0.2, **spec.arguments}
+    rows = ghostnet_rows(arguments.pop("stage2_stride", 2))
+    model: nn.Module = GhostNet(rows, num_classes=spec.num_classes, **arguments)
+    return model
+
+
+def _parc_mobilenetv2(spec: ModelSpec) -> nn.Module:
+    return ParCMobileNetV2(spec.num_classes, spec.input_side, **spec.arguments)
+
+
+_BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
+    "bsconv": _bsconv,
+    "bsconv-mobilenetv3": _bsconv_mobilenetv3,
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "timm-ghostnet": _timm_ghostnet,
+    "parc-mobilenetv2": _parc_mobilenetv2,
+}
+
+
+def _set_stride(model: nn.Module, path: str, stride: int) -> None:
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise PadfreeError(f"model.strides: {type(model).__name__} has no module {path!r}") from error
+    if isinstance(module, nn.Conv2d):
+        module.stride = (stride, stride)
+    elif isinstance(module, nn.MaxPool2d):
+        module.stride = stride
+    else:
+        raise PadfreeError(f"model.strides: {path!r} is a {type(module).__name__}, not a conv or max-pool")

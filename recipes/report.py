@@ -1,0 +1,82 @@
+"""Tables on the terminal, and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .bsconv_table import BSConvLine
+from .files import write_text
+from .tables import Line
+
+
+def show_lines(lines: Sequence[Line], console: Console) -> None:
+    """Print rows as a table, then the remarks and what is off."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("recipe", "variant", "count"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("params", "published M", "diff", "FLOPs", "published M", "diff", "top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for line in lines:
+        table.add_row(line.recipe, line.variant, line.convention, *_cells(line))
+    console.print(table)
+    for line in lines:
+        for remark in line.remarks:
+            console.print(f"{line.recipe} {line.variant}: {remark}", highlight=False)
+    for line in lines:
+        for fault in line.off:
+            console.print(f"OFF {line.recipe} {line.variant}: {fault}", style="bold red", highlight=False)
+
+
+def write_json(data: Any, target: str) -> None:
+    """Write JSON to a file (whole or not at all), or to standard output for "-"."""
+    text = json.dumps(data, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        write_text(Path(target), text)
+
+
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Print a table whose first column is a name and whose others are figures."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _cells(line: Line) -> list[str]:
+    published, difference = line.published, line.differences()
+    cells = []
+    for key, digits in (("params", 3), ("flops", 1)):
+        cells.append(f"{line.measured[key]:,}" if line.measured else "")
+        cells.append(f"{published[f'{key}_m']:.{digits}f}" if f"{key}_m" in published else "")
+        cells.append(f"{difference[f'{key}_m']:+.{digits + 1}f}" if f"{key}_m" in difference else "")
+    cells.append(f"{published['top1']:.2f}" if "top1" in published else "")
+    cells.append("OFF" if line.off else "*" if line.remarks else "")
+    return cells
+
+
+def show_bsconv(lines: Sequence[BSConvLine], console: Console) -> None:
+    """Print BSConv's networks, original and padding-free side by side, then what is off."""
+    rows = []
+    for line in lines:
+        cells = [line.architecture, f"{line.published['params_m']:.2f}", f"{line.original['params']:,}"]
+        cells.append(f"{line.padfree['params']:,}" if line.padfree else "-")
+        cells += [f"{line.published['flops_m']:.2f}", f"{line.original['flops']:,}"]
+        cells.append(f"{line.padfree['flops']:,}" if line.padfree else "-")
+        rows.append([*cells, "OFF" if line.off or line.skipped else ""])
+    headings = ["architecture", "published M", "params", "padfree", "published M", "FLOPs", "padfree", ""]
+    plain_table(headings, rows, console)
+    for line in lines:
+        for fault in (*line.off, *([line.skipped] if line.skipped else [])):
+            console.print(f"OFF {line.architecture}: {fault}", style="bold red", highlight=False)

@@ -1,0 +1,268 @@
+"""What a recipe file may say, validated by pydantic; unknown keys are faults.
+
+A recipe is read top to bottom: the source model, how it is converted, the data, the optimiser, the
+schedule, the training run, and the figures that the paper published. Settings: paper.md, "Training
+settings".
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from .count import Convention
+from .transforms import TRANSFORMS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
+Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
+NAMED_BUILDERS = ("bsconv", "torchvision", "timm")
+DATASETS = ("digits", "cifar10", "cifar100", "stanford-dogs", "folder", "timm")
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and without keys that nobody reads."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(Section):
+    """The source model.
+
+    Attributes:
+        builder: who makes it.
+        name: the model's name there (bsconv, torchvision and timm).
+        arguments: further keyword arguments of the builder.
+        strides: modules whose stride is set after building, by path (small inputs).
+        num_classes: logits.
+        input_side: pixels of the square input.
+    """
+
+    builder: Builder
+    name: str | None = None
+    arguments: dict[str, Any] = {}
+    strides: dict[str, PositiveInt] = {}
+    num_classes: PositiveInt
+    input_side: PositiveInt
+
+    @model_validator(mode="after")
+    def _name_where_needed(self) -> ModelSpec:
+        if (self.builder in NAMED_BUILDERS) != (self.name is not None):
+            verb = "needs" if self.name is None else "takes no"
+            raise ValueError(f"builder {self.builder} {verb} model.name")
+        return self
+
+
+class ConversionSpec(Section):
+    """Options of `padfree.convert`, and rules beyond its own four (`parc`, from this package)."""
+
+    merge: Literal["activation", "norm", "conv"] = "activation"
+    pool: Literal["3x3", "kernel"] = "3x3"
+    projection: Literal["depthwise", "dense"] = "depthwise"
+    stem_residual: bool = False
+    extra_rules: tuple[Literal["parc"], ...] = ()
+
+
+class EfficientFormerSpec(Section):
+    """The comparison: blocks replaced by EfficientFormerV2's downsampling, by path; which attend."""
+
+    blocks: tuple[str, ...]
+    attention: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _attention_is_a_subset(self) -> EfficientFormerSpec:
+        if extra := sorted(set(self.attention) - set(self.blocks)):
+            raise ValueError(f"attention lists {extra}, which blocks does not")
+        return self
+
+
+class DataSpec(Section):
+    """The data set and what is done to its images.
+
+    Attributes:
+        dataset: which loader.
+        root: its folder (digits need none).
+        download: fetch it there first (CIFAR, Stanford Dogs, and those of timm's readers that can).
+        reader: for `timm`: the reader and name, such as `hfids/user/name` or `wds/name`.
+        train_split, eval_split: split names (folder: sub-folders; timm: splits).
+        train_samples, eval_samples: images per pass of a stream, where its reader cannot tell.
+        train, eval: transforms in order, each a name of torchvision.transforms.v2 and its arguments.
+        drop_last: leave out the last, smaller batch of an epoch.
+        workers: loading processes per training process.
+    """
+
+    dataset: Literal["digits", "cifar10", "cifar100", "stanford-dogs", "folder", "timm"]
+    root: str | None = None
+    download: bool = False
+    reader: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    train_samples: PositiveInt | None = None
+    eval_samples: PositiveInt | None = None
+    train: tuple[dict[str, dict[str, Any]], ...]
+    eval: tuple[dict[str, dict[str, Any]], ...]
+    drop_last: bool = False
+    workers: NonNegativeInt = 0
+
+    @field_validator("train", "eval")
+    @classmethod
+    def _known_transforms(cls, steps: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        for step in steps:
+            if len(step) != 1:
+                raise ValueError(f"each step is one name with its arguments, not {sorted(step)}")
+            if (name := next(iter(step))) not in TRANSFORMS:
+                raise ValueError(f"no transform {name!r}; there are {', '.join(TRANSFORMS)}")
+        return steps
+
+    @model_validator(mode="after")
+    def _source_is_complete(self) -> DataSpec:
+        if self.dataset != "digits" and self.root is None and self.reader is None:
+            raise ValueError(f"dataset {self.dataset} needs data.root, the folder it lies in")
+        if (self.dataset == "timm") != (self.reader is not None):
+            raise ValueError("data.reader and dataset: timm go together")
+        return self
+
+
+class SGDSpec(Section):
+    """torch.optim.SGD."""
+
+    name: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+
+class AdamWSpec(Section):
+    """torch.optim.AdamW."""
+
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
+class StepSpec(Section):
+    """The learning rate times `gamma` after each of the listed epochs."""
+
+    name: Literal["step"]
+    milestones: tuple[PositiveInt, ...]
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+
+
+class CosineSpec(Section):
+    """Half a cosine from the learning rate to `final_fraction` of it, per epoch."""
+
+    name: Literal["cosine"]
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+class TrainingSpec(Section):
+    """The run.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch_size: images per optimiser step, all processes together.
+        orthonormal_weight: weight of the BSConv-S loss (0.1 in the paper, 0 leaves it out).
+        label_smoothing: of the cross entropy.
+        clip_norm: largest gradient norm (none: no clipping).
+        ema_decay: decay of the averaged weights that are evaluated then (none: no averaging).
+    """
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    orthonormal_weight: Annotated[float, Field(ge=0)] = 0.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class Published(Section):
+    """Figures as printed: millions of parameters and operations, top-1 accuracy in percent."""
+
+    params_m: float | None = None
+    flops_m: float | None = None
+    top1: float | None = None
+
+
+class Reference(Section):
+    """Figures of the reference implementation that a correct network reproduces; see `Count`.
+
+    Attributes:
+        params: all parameters.
+        layer_params: parameters without bare ones.
+        flops: under the recipe's convention, for one image.
+        conv_linear: of `flops`, conv and linear multiply-adds (fvcore).
+        downsampling_pool_inputs: of `flops`, inputs of strided max-pools (bsconv).
+    """
+
+    params: PositiveInt | None = None
+    layer_params: PositiveInt | None = None
+    flops: PositiveInt | None = None
+    conv_linear: PositiveInt | None = None
+    downsampling_pool_inputs: NonNegativeInt | None = None
+
+
+class Row(Section):
+    """One published row. `differs` says why a measured figure does not round to the printed one."""
+
+    published: Published
+    reference: Reference = Reference()
+    differs: dict[Literal["params", "flops"], str] = {}
+
+
+class Figures(Section):
+    """The paper's figures of a recipe and the convention that its operations are counted in."""
+
+    count: Convention
+    rows: dict[Variant, Row]
+
+
+class Recipe(Section):
+    """One experiment; `padfree.recipes.load` makes it from a file.
+
+    Attributes:
+        name: `<table>/<model>`, or the path of the file.
+    """
+
+    name: str
+    about: str
+    model: ModelSpec
+    conversion: ConversionSpec = ConversionSpec()
+    efficientformerv2: EfficientFormerSpec | None = None
+    data: DataSpec
+    optimizer: Annotated[SGDSpec | AdamWSpec, Field(discriminator="name")]
+    schedule: Annotated[StepSpec | CosineSpec, Field(discriminator="name")]
+    training: TrainingSpec
+    figures: Figures | None = None
+
+    @property
+    def table(self) -> str:
+        """The first part of the name."""
+        return PurePosixPath(self.name).parts[0]
+
+    def build(self, variant: str = "padfree", *, seed: int = 0) -> nn.Module:
+        """A freshly initialised network on the CPU in training mode.
+
+        Args:
+            variant: original, padfree, stem-only, downsampling-only, or efficientformerv2 where the
+                recipe names the blocks.
+            seed: of the initial values; torch's own random state is left as it was.
+
+        Raises:
+            PadfreeError: no such variant, or the source model cannot be had.
+        """
+        from .variants import build
+
+        return build(self, variant, seed)

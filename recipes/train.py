@@ -1,0 +1,256 @@
+"""Train a recipe; the same file runs on a CPU, a GPU, several GPUs, or several machines.
+
+    padfree-recipes train digits/resnet20 --variant padfree
+    accelerate launch --num_processes 4 -m padfree.recipes.cli train cifar100-first/resnet20
+    torchrun --nproc-per-node 8 -m padfree.recipes.cli train imagenet/mobilenetv3-large --mixed-precision bf16
+
+Everything of a run lies in one folder (see checkpoints.py); `--resume` goes on after the last whole
+epoch. All randomness of an epoch is a function of the seed and the epoch, so on one CPU process a
+resumed run ends bit-equal to one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from padfree.errors import PadfreeError
+
+from .checkpoints import Epoch, Progress, checkpoints, open_run, read_progress, save_checkpoint
+from .evaluate import Scores, evaluate
+from .files import write_text
+from .loaders import eval_loader, set_epoch, train_loader
+from .losses import orthonormal_loss
+from .progress import ProgressBar
+from .schema import AdamWSpec, Recipe, StepSpec
+from .variants import plan_for
+
+CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
+
+
+class TrainingError(PadfreeError):
+    """Training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to train and how.
+
+    Attributes:
+        recipe: the experiment.
+        variant: which of its networks.
+        seed: of the initial values, the order of the images and their augmentation.
+        folder: of the run; by default runs/<recipe>/<variant>-seed<seed>.
+        resume: go on from the folder's last checkpoint, if it has one.
+        mixed_precision: "no", "bf16" or "fp16".
+        cpu: leave accelerators alone.
+        quiet: no progress bar.
+    """
+
+    recipe: Recipe
+    variant: str = "padfree"
+    seed: int = 0
+    folder: Path | None = None
+    resume: bool = False
+    mixed_precision: str = "no"
+    cpu: bool = False
+    quiet: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        name = self.recipe.name.removesuffix(".yaml").lstrip("/.")
+        return self.folder or Path("runs") / name / f"{self.variant}-seed{self.seed}"
+
+
+def train(run: Run) -> Progress:
+    """Train a recipe's network to its last epoch.
+
+    Raises:
+        PadfreeError: recipe, data or folder are not right, or the loss is no longer finite.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+
+    recipe, folder = run.recipe, run.path
+    accelerator = Accelerator(
+        cpu=run.cpu,
+        mixed_precision=run.mixed_precision,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True, use_seedable_sampler=True, data_seed=run.seed
+        ),
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
+    )
+    network = recipe.build(run.variant, seed=run.seed)
+    train_batches, test_batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
+    _open(run, accelerator)
+
+    average = None
+    if recipe.training.ema_decay is not None:
+        average = AveragedModel(
+            network, multi_avg_fn=get_ema_multi_avg_fn(recipe.training.ema_decay), use_buffers=True
+        ).to(accelerator.device)
+        accelerator.register_for_checkpointing(average)
+    optimizer = _optimizer(recipe, network)
+    schedule = _schedule(recipe, optimizer)
+    model, optimizer, schedule = accelerator.prepare(network, optimizer, schedule)
+
+    progress = read_progress(folder)
+    if progress.done:
+        accelerator.load_state(str(checkpoints(folder)[-1]))
+    evaluated = average.module if average is not None else accelerator.unwrap_model(model)
+    epochs = recipe.training.epochs
+    with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
+        for number in range(progress.done + 1, epochs + 1):
+            set_seed(run.seed + 1_000_003 * number, device_specific=True)
+            set_epoch(train_batches, number)
+            step = Step(recipe, accelerator, model, optimizer, average, bar, folder, number)
+            scores, seconds = step.epoch(train_batches)
+            rate = schedule.get_last_lr()[0]
+            schedule.step()
+            tested = evaluate(evaluated, test_batches, recipe, accelerator.device)
+            progress = _log(accelerator, progress, number, rate, scores, tested, seconds)
+            bar.tested(progress.epochs[-1].test_top1)
+            save_checkpoint(accelerator, evaluated, folder, progress)
+    accelerator.end_training()
+    return progress
+
+
+@dataclass(frozen=True)
+class Step:
+    """One epoch's objects."""
+
+    recipe: Recipe
+    accelerator: Any
+    model: nn.Module
+    optimizer: Any
+    average: AveragedModel | None
+    bar: ProgressBar
+    folder: Path
+    number: int
+
+    def epoch(self, batches: Any) -> tuple[Scores, float]:
+        """Train on every batch once; the training scores of all processes, and the seconds it took."""
+        self.model.train()
+        scores = Scores(self.recipe.model.num_classes, self.accelerator.device)
+        total = torch.zeros((), device=self.accelerator.device)
+        self.bar.epoch(self.number)
+        start, index = time.perf_counter(), 0
+        for index, (images, targets) in enumerate(batches, 1):
+            # a stream's loader is not Accelerate's, so its batches are still on the CPU
+            images, targets = images.to(self.accelerator.device), targets.to(self.accelerator.device)
+            loss, logits = self.losses(images, targets)
+            self.accelerator.backward(loss)
+            if self.recipe.training.clip_norm is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+            scores.update(logits.detach(), targets, loss.detach())
+            total += loss.detach()
+            self.bar.advance(len(images))
+            if index % CHECK_EVERY == 0:
+                self.check(total, index)
+                right = (logits.argmax(1) == targets).float().mean()
+                self.bar.trained(float(total) / index, 100 * float(right))
+        self.check(total, index)
+        return scores, time.perf_counter() - start
+
+    def losses(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss to minimise, and the logits (N, classes)."""
+        settings = self.recipe.training
+        logits = self.model(images)
+        loss = cross_entropy(logits, targets, label_smoothing=settings.label_smoothing)
+        if settings.orthonormal_weight:
+            own = self.accelerator.unwrap_model(self.model)
+            loss = loss + orthonormal_loss(own, settings.orthonormal_weight)
+        return loss, logits
+
+    def check(self, total: Tensor, index: int) -> None:
+        """Stop, in all processes alike, once a loss was not finite."""
+        if torch.isfinite(self.accelerator.reduce(total.clone(), "sum")):
+            return
+        saved = checkpoints(self.folder)
+        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no epoch was finished"
+        raise TrainingError(
+            f"the loss is no longer finite in epoch {self.number}, by step {index} "
+            f"(learning rate {self.optimizer.param_groups[0]['lr']:g}); {kept}; lower optimizer.lr or set "
+            f"training.clip_norm"
+        )
+
+
+def _open(run: Run, accelerator: Any) -> None:
+    about = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "processes": accelerator.num_processes,
+        "mixed_precision": run.mixed_precision,
+    }
+    if accelerator.is_main_process:
+        open_run(run.path, run.recipe, about, run.resume)
+        plan = plan_for(run.recipe, run.variant)
+        if plan is not None:
+            write_text(run.path / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    spec = recipe.optimizer
+    if isinstance(spec, AdamWSpec):
+        return torch.optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=spec.lr,
+        momentum=spec.momentum,
+        nesterov=spec.nesterov,
+        weight_decay=spec.weight_decay,
+    )
+
+
+def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    spec = recipe.schedule
+    if isinstance(spec, StepSpec):
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(spec.milestones), spec.gamma)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, recipe.training.epochs, eta_min=spec.final_fraction * recipe.optimizer.lr
+    )
+
+
+def _log(
+    accelerator: Any,
+    progress: Progress,
+    number: int,
+    rate: float,
+    trained: Scores,
+    tested: Scores,
+    seconds: float,
+) -> Progress:
+    train_loss, train_top1, train_images = trained.compute()
+    test_loss, test_top1, test_images = tested.compute()
+    epoch = Epoch(
+        epoch=number,
+        lr=rate,
+        train_loss=train_loss,
+        train_top1=train_top1,
+        train_images=train_images,
+        test_loss=test_loss,
+        test_top1=test_top1,
+        test_images=test_images,
+        images_per_s=round(train_images / seconds, 2),
+        seconds=round(seconds, 3),
+    )
+    shown = {key: getattr(epoch, key) for key in Epoch.__dataclass_fields__ if key != "epoch"}
+    accelerator.log(shown, step=number)
+    return Progress((*progress.epochs, epoch))
