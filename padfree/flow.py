@@ -160,7 +160,7 @@ class Flow:
         while (after := self.linear_step(current)) is not None:
             op = self.ops[self.values[after].producer]
             is_norm = op.kind in NORMS
-            if is_norm and norm_path:
+            if (is_norm and norm_path) or self._in_other_block(op, value):
                 break
             if is_norm or plain_kind(op) in AFFINE:
                 norm_path = norm_path or self.recording.calls[op.call].path
@@ -181,12 +181,24 @@ class Flow:
         if not readers or value in self.recording.outputs:
             return None, ""
         first = self.ops[readers[0]]
+        if self._in_other_block(first, value):
+            return None, ""
         for call in reversed([c for c in self.recording.ancestors(first.call) if c.inputs == (value,)]):
             if all(index in call.ops for index in readers) and self._pointwise(call):
                 return call.outputs[0], call.path
         if len(readers) == 1 and plain_kind(first) in NONLINEAR and first.inputs == (value,):
             return first.outputs[0], ""
         return None, ""
+
+    def _in_other_block(self, op: Op, value: int) -> bool:
+        """Whether `op` lies in a module that `value` only enters and that has convolutions of its own.
+
+        The norm and activation that a pre-activation block begins with are the block's, not those of the
+        conv before it.
+        """
+        made = self.values[value].producer
+        outside = [call for call in self.recording.ancestors(op.call) if made not in call.ops]
+        return bool(outside) and any(self.ops[i].kind == "convolution" for i in outside[-1].ops)
 
     def _pointwise(self, call: Call) -> bool:
         ops = [self.ops[index] for index in call.ops if self.ops[index].inputs]

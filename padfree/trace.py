@@ -10,6 +10,7 @@ original forward issues: equal streams mean equal values, gradients and buffers.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -247,8 +248,10 @@ def _link(
         _set_training(module, training)
         try:
             arguments = _repeat_batch(call.arguments) if training else call.arguments
-            original, ops_before, _ = _run_original(module, arguments, names)
+            original, ops_before = _run_original(module, arguments, names)
             traced, ops_after, interpreter = _run_graph(module, graph, arguments, names, call, where)
+            if _restore_in_place(ops_before, ops_after, interpreter.node_of_op):
+                traced, ops_after, interpreter = _run_graph(module, graph, arguments, names, call, where)
         except Refusal:
             raise
         except Exception as error:
@@ -269,6 +272,24 @@ def _link(
     return nodes, anchors
 
 
+_IN_PLACE = {
+    operator.add: operator.iadd,
+    operator.sub: operator.isub,
+    operator.mul: operator.imul,
+    operator.truediv: operator.itruediv,
+}
+
+
+def _restore_in_place(original: list[Op], traced: list[Op], nodes: list[fx.Node]) -> bool:
+    """Give `x += y` back its in-place form, which torch.fx traces as `x + y`; whether there was one."""
+    restored = False
+    for before, after, node in zip(original, traced, nodes, strict=False):
+        if before.kind == f"{after.kind}_" and node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+            restored = True
+    return restored
+
+
 def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool:
     """Whether the original itself cannot run in train mode on the recorded shapes."""
     _set_training(module, True)
@@ -281,15 +302,12 @@ def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool
     return False
 
 
-Stream = tuple[list[Value], list[Op]]
-
-
-def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> tuple[list[Value], list[Op], Recorder]:
+def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> tuple[list[Value], list[Op]]:
     recorder = _recorder(arguments, names)
     args, kwargs = arguments
     with torch.random.fork_rng(devices=[]), recorder:
         type(module).forward(module, *args, **kwargs)
-    return recorder.values, recorder.ops, recorder
+    return recorder.values, recorder.ops
 
 
 def _run_graph(

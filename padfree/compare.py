@@ -1,0 +1,277 @@
+"""What a conversion changed: parameters, multiply-adds, map sizes, the smallest input.
+
+Multiply-adds are fvcore's (`fvcore.nn.FlopCountAnalysis`): one fused multiply-add counts one, for
+convolutions, linear layers and matrix products; its norm and adaptive-pool handlers are in the
+total; max-pools, additions and activations are not, and `Comparison.uncounted` lists them.
+All of it is measured on copies: both models keep their mode, buffers, hooks and random state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from padfree.record import Recording, check_input_size, default_input_size, example_inputs, record
+from padfree.skeleton import bare_copy
+
+Size = tuple[int, ...]
+
+# Sides up to this one are tried one by one, larger ones by bisection: five halvings need 63 pixels.
+_SCANNED = 64
+
+_LISTED = 6  # kinds of uncounted operations that the table names
+
+_STRIDED = ("convolution", "max_pool2d_with_indices", "avg_pool2d", "_convolution", "max_pool2d")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure before and after; None where it could not be had."""
+
+    original: int | None
+    converted: int | None
+
+    @property
+    def change(self) -> float | None:
+        """(converted - original) / original."""
+        if self.converted is None or not self.original:
+            return None
+        return (self.converted - self.original) / self.original
+
+
+@dataclass(frozen=True)
+class StageMap:
+    """Side lengths (H, W) that a strided operation writes, before and after."""
+
+    before: Size
+    after: Size
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on one image of `input_size` (C, H, W).
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-adds of one image as fvcore counts them.
+        maps: the distinct (before, after) sizes of what strided convolutions and pools write, in order.
+        minimum_input: the least square side, in pixels, that both networks take; one pixel less was
+            tried and one of them fails. Beyond 64 pixels it is found by bisection, so a network
+            whose sides must be multiples of something may have a lesser one. None: not found.
+        uncounted: operations that `macs` leaves out, with their number in each network.
+        notes: what could not be measured, and why.
+    """
+
+    model: str
+    input_size: Size
+    params: Pair
+    macs: Pair
+    maps: tuple[StageMap, ...]
+    minimum_input: int | None
+    uncounted: dict[str, Pair]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
+        data = asdict(self)
+        data["input_size"] = list(self.input_size)
+        data["maps"] = {
+            "before": [list(stage.before) for stage in self.maps],
+            "after": [list(stage.after) for stage in self.maps],
+        }
+        data["notes"] = list(self.notes)
+        return data
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table of `str()`: (label, "before -> after") pairs."""
+        most = sorted(self.uncounted.items(), key=lambda item: -(item[1].converted or 0))
+        listed = [f"{name} {_number(pair.original)} -> {_number(pair.converted)}" for name, pair in most]
+        if len(listed) > _LISTED:
+            listed[_LISTED:] = [f"{len(listed) - _LISTED} more"]
+        rows = [
+            ("input", "x".join(map(str, self.input_size))),
+            ("parameters", _line(self.params, _number)),
+            ("MACs (fvcore)", _line(self.macs, _short)),
+            ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
+            ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
+            ("smallest input", "unknown" if self.minimum_input is None else f"{self.minimum_input} pixels a side"),
+            ("not in the MACs", ", ".join(listed) or "-"),
+        ]
+        return rows + [("note", note) for note in self.notes]
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self.rows())
+        return "\n".join([self.model, *(f"  {label:<{width}}  {text}" for label, text in self.rows())])
+
+
+def compare(original: nn.Module, converted: nn.Module, input_size: Size | None = None) -> Comparison:
+    """Compare a network with its converted form.
+
+    Args:
+        original: the network before conversion.
+        converted: the network after it.
+        input_size: (C, H, W); the original's own default if not given.
+
+    Raises:
+        PadfreeError: one of them does not run at that size.
+    """
+    size = default_input_size(original) if input_size is None else check_input_size(input_size)
+    recordings = record(original, size), record(converted, size)
+    counts = count_macs(original, size), count_macs(converted, size)
+    names = list(dict.fromkeys([*counts[0].uncounted, *counts[1].uncounted]))
+    return Comparison(
+        model=type(original).__name__,
+        input_size=size,
+        params=Pair(*(sum(p.numel() for p in model.parameters()) for model in (original, converted))),
+        macs=Pair(counts[0].macs, counts[1].macs),
+        maps=stage_maps(*recordings),
+        minimum_input=minimum_input(*recordings),
+        uncounted={name: Pair(counts[0].uncounted[name], counts[1].uncounted[name]) for name in names},
+        notes=tuple(dict.fromkeys(count.note for count in counts if count.note)),
+    )
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """fvcore's total for one image, what it left out, and why there is no total if there is none."""
+
+    macs: int | None
+    uncounted: Counter[str]
+    note: str = ""
+
+
+def count_macs(model: nn.Module, input_size: Size) -> MacCount:
+    """Multiply-adds of one image of `input_size` (C, H, W), by fvcore, on a copy on the CPU.
+
+    fvcore follows a jit trace, which takes real tensors: this is a true forward pass. Functional
+    operations count like modules. A network that cannot be traced gets `macs=None` and a note.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+            duplicate = _on_cpu(bare_copy(model))
+            example = next(example_inputs(duplicate, input_size, meta=False))
+            analysis = FlopCountAnalysis(duplicate, example).tracer_warnings("none")
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            total = int(analysis.total())
+            uncounted = Counter({name.rpartition("::")[2]: n for name, n in analysis.unsupported_ops().items()})
+    except Exception as error:  # fvcore and the tracer raise anything; the comparison goes on without
+        return MacCount(None, Counter(), f"fvcore cannot count it: {type(error).__name__}: {_first_line(error)}")
+    return MacCount(total, Counter(dict(sorted(uncounted.items()))))
+
+
+def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...]:
+    """Distinct (before, after) sizes written by the original's strided operations, in order.
+
+    A strided operation is known by the module that calls it, which the converted network has too.
+    """
+    found: dict[StageMap, None] = {}
+    for op in original.ops:
+        if op.kind not in _STRIDED or not op.inputs or not op.outputs:
+            continue
+        read, written = (original.values[index].shape for index in (op.inputs[0], op.outputs[0]))
+        if len(read) != 4 or len(written) != 4 or not (1 < written[-1] < read[-1] or 1 < written[-2] < read[-2]):
+            continue
+        path = original.calls[op.call].path if op.call >= 0 else ""
+        before, after = _written(original, path), _written(converted, path)
+        if before is not None and after is not None and before == written[-2:]:
+            found[StageMap(before, after)] = None
+    return tuple(found)
+
+
+def _written(recording: Recording, path: str) -> Size | None:
+    """(H, W) of what the first call of a module returned, if it returned one map."""
+    calls = recording.calls_of.get(path, [])
+    if not calls or len(calls[0].outputs) != 1:
+        return None
+    shape = recording.values[calls[0].outputs[0]].shape
+    return shape[-2:] if len(shape) == 4 else None
+
+
+def minimum_input(original: Recording, converted: Recording) -> int | None:
+    """The least square side both networks take; see `Comparison.minimum_input`.
+
+    Tried on the recordings' own copies, which hold meta tensors, so nothing is computed.
+    """
+    if not (original.meta and converted.meta):
+        return None
+    top = max(converted.input_size[1:])
+
+    def works(side: int) -> bool:
+        return _runs(converted, side) and _runs(original, side)
+
+    for side in range(1, min(_SCANNED, top) + 1):
+        if works(side):
+            return side
+    if top <= _SCANNED or not works(top):
+        return None
+    low, high = _SCANNED, top  # low fails, high works
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if works(middle) else (middle, high)
+    return high
+
+
+def _runs(recording: Recording, side: int) -> bool:
+    channels = recording.input_size[:-2]
+    for example in example_inputs(recording.model, (*channels, side, side), meta=True):
+        if len(example) != len(recording.example) or type(example[0]) is not type(recording.example[0]):
+            continue
+        try:
+            with torch.no_grad():
+                recording.model(*example)
+        except Exception:  # any failure means that this size is not taken
+            return False
+        return True
+    return False
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        model = model.to_empty(device="cpu")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    return model.float().cpu()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """fvcore logs through the logging module whatever its switches say."""
+    logger = logging.getLogger("fvcore.nn.jit_analysis")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _short(value: int | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value / 1e9:.2f}G" if value >= 1e9 else f"{value / 1e6:.1f}M"
+
+
+def _size(size: Size) -> str:
+    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+
+
+def _line(pair: Pair, form: Any) -> str:
+    change = "" if pair.change is None else f" ({pair.change:+.2%})"
+    return f"{form(pair.original)} -> {form(pair.converted)}{change}"
