@@ -61,7 +61,7 @@ class Comparison:
     Attributes:
         params: number of parameters.
         macs: multiply-adds of one image as fvcore counts them.
-        maps: the distinct (before, after) sizes of what strided convolutions and pools write, in order.
+        maps: the distinct (before, after) sizes that strided convolutions and pools write, in order.
         minimum_input: the least square side, in pixels, that both networks take; one pixel less was
             tried and one of them fails. Beyond 64 pixels it is found by bisection, so a network
             whose sides must be multiples of something may have a lesser one. None: not found.
@@ -101,7 +101,7 @@ class Comparison:
             ("MACs (fvcore)", _line(self.macs, _short)),
             ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
             ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
-            ("smallest input", "unknown" if self.minimum_input is None else f"{self.minimum_input} pixels a side"),
+            ("smallest input", f"{self.minimum_input} pixels a side" if self.minimum_input else "unknown"),
             ("not in the MACs", ", ".join(listed) or "-"),
         ]
         return rows + [("note", note) for note in self.notes]
@@ -162,10 +162,11 @@ def count_macs(model: nn.Module, input_size: Size) -> MacCount:
             analysis = FlopCountAnalysis(duplicate, example).tracer_warnings("none")
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             total = int(analysis.total())
-            uncounted = Counter({name.rpartition("::")[2]: n for name, n in analysis.unsupported_ops().items()})
+            skipped = sorted(analysis.unsupported_ops().items())
     except Exception as error:  # fvcore and the tracer raise anything; the comparison goes on without
-        return MacCount(None, Counter(), f"fvcore cannot count it: {type(error).__name__}: {_first_line(error)}")
-    return MacCount(total, Counter(dict(sorted(uncounted.items()))))
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        return MacCount(None, Counter(), f"fvcore cannot count it: {why}")
+    return MacCount(total, Counter({name.rpartition("::")[2]: number for name, number in skipped}))
 
 
 def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...]:
@@ -178,13 +179,17 @@ def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...
         if op.kind not in _STRIDED or not op.inputs or not op.outputs:
             continue
         read, written = (original.values[index].shape for index in (op.inputs[0], op.outputs[0]))
-        if len(read) != 4 or len(written) != 4 or not (1 < written[-1] < read[-1] or 1 < written[-2] < read[-2]):
+        if len(read) != 4 or len(written) != 4 or not _shrinks(read, written):
             continue
         path = original.calls[op.call].path if op.call >= 0 else ""
         before, after = _written(original, path), _written(converted, path)
         if before is not None and after is not None and before == written[-2:]:
             found[StageMap(before, after)] = None
     return tuple(found)
+
+
+def _shrinks(read: Size, written: Size) -> bool:
+    return any(1 < after < before for before, after in zip(read[2:], written[2:], strict=True))
 
 
 def _written(recording: Recording, path: str) -> Size | None:
@@ -244,7 +249,7 @@ def _on_cpu(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """fvcore logs through the logging module whatever its switches say."""
+    """Silence fvcore, which logs through the logging module whatever its switches say."""
     logger = logging.getLogger("fvcore.nn.jit_analysis")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

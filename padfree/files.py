@@ -27,7 +27,9 @@ _KEY = "padfree"
 _SHOWN = 3  # keys named in an error message
 
 
-def save(model: nn.Module, path: str | os.PathLike[str], source: Source | str | Mapping[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module, path: str | os.PathLike[str], source: Source | str | Mapping[str, Any] | None = None
+) -> None:
     """Write a converted network to a safetensors file that `load` reads back.
 
     The file appears whole or not at all. What it keeps is the architecture and the weights; settings
@@ -36,8 +38,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], source: Source | str | 
     Args:
         model: a network made by `convert` or `Plan.apply`.
         path: where to write; the folder must exist.
-        source: the unconverted model: "timm:NAME", "torchvision:NAME", "bsconv:NAME", "package.module:factory",
-            or a dictionary with `library`, `name` and `kwargs`. May be left out for models of timm.
+        source: the unconverted model: "timm:NAME", "torchvision:NAME", "bsconv:NAME",
+            "package.module:factory", or a dictionary with `library`, `name` and `kwargs`. May be left
+            out for models of timm.
 
     Raises:
         FileError: no plan or no source is known, the source does not give this network, or the file
@@ -147,7 +150,7 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, and vanishes otherwise.
+    """A temporary file beside `path` that takes its place when the block ends well, else vanishes.
 
     Raises:
         FileError: the system refuses to write.
@@ -175,7 +178,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     storages: set[int] = set()
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise FileError(f"`{key}` of the state dict is a {type(value).__name__}; a file holds tensors only")
+            raise FileError(f"`{key}` of the state dict is a {type(value).__name__}, not a tensor")
         if value.is_meta:
             raise FileError(f"`{key}` is on the meta device and has no values to save")
         tensor = value.detach().cpu().contiguous()
@@ -187,8 +190,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _timm_source(model: nn.Module) -> Source:
     config = getattr(model, "pretrained_cfg", None)
-    name = config.get("architecture") if isinstance(config, Mapping) else None
-    if not name:
+    if not isinstance(config, Mapping) or not config.get("architecture"):
         raise FileError(
             f"{type(model).__name__} does not say where it comes from; pass source=, such as "
             '"torchvision:mobilenet_v3_large" or "package.module:factory"'
@@ -199,7 +201,7 @@ def _timm_source(model: nn.Module) -> Source:
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
         kwargs["in_chans"] = first.in_channels
-    return Source("timm", str(name), kwargs)
+    return Source("timm", str(config["architecture"]), kwargs)
 
 
 def _check_source(source: Source, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
@@ -210,7 +212,7 @@ def _check_source(source: Source, plan: Plan, tensors: Mapping[str, Tensor]) -> 
         rebuilt = plan.apply(fresh, inplace=True).state_dict()
     except PadfreeError as error:
         raise FileError(f"{source} does not take this network's plan ({error}); pass source=") from error
-    wrong = {key for key in rebuilt.keys() ^ tensors.keys()}
+    wrong = set(rebuilt.keys() ^ tensors.keys())
     wrong |= {key for key in rebuilt.keys() & tensors.keys() if rebuilt[key].shape != tensors[key].shape}
     if wrong:
         raise FileError(
@@ -246,7 +248,9 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
     except FileError:
         raise
     except (PadfreeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {_first_line(error)}") from error
+        raise FileError(
+            f"{path} has damaged metadata: {type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _some(keys: set[str]) -> str:

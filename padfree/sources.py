@@ -53,7 +53,7 @@ class Source:
             raise SourceError(f"no model library {self.library!r}; there are {', '.join(LIBRARIES)}")
         for key in self.kwargs:
             if any(word in key for word in _FORBIDDEN):
-                raise SourceError(f"a model source may not set {key!r}: it says how a network is built, not its weights")
+                raise SourceError(f"a model source may not set {key!r}: it builds a network without weights")
 
     def __str__(self) -> str:
         return f"{self.library}:{self.name}"
@@ -86,7 +86,9 @@ class Source:
                 kwargs = rest.get("kwargs", {})
                 if isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs):
                     return cls(library, name, dict(kwargs))
-        raise SourceError(f'{data!r} is not a model source; write "timm:NAME" or {{"library": ..., "name": ...}}')
+        raise SourceError(
+            f'{data!r} is not a model source; write "timm:NAME" or {{"library", "name", "kwargs"}}'
+        )
 
     def create(self, pretrained: bool = False) -> nn.Module:
         """Build the network.
@@ -150,10 +152,10 @@ def _factory(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
             raise SourceError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(target, part):
-            raise _unknown(module_name, path, [key for key in dir(target) if not key.startswith("_")], "factory")
+            raise _unknown(module_name, path, dir(target), "factory")
         target = getattr(target, part)
     if isinstance(target, nn.Module):
-        raise SourceError(f"{name} is a model, not a function that makes one; loading a file needs a fresh one")
+        raise SourceError(f"{name} is a model, not a function that makes one")
     if not callable(target):
         raise SourceError(f"{name} is a {type(target).__name__}, not a function that makes a model")
     with _building("factory", name):
@@ -172,7 +174,7 @@ def bsconv_names() -> list[str]:
     ]
     bases = [f"{pre}resnet{depth}" for pre in ("", "pre") for depth in (10, 18, 26, 34, 68, 102)]
     bases += [f"cifar_{pre}resnet{depth}" for pre in ("", "pre") for depth in (20, 56, 110, 302, 602)]
-    bases += [f"cifar_wrn{depth}_{width}" for depth, width in ((16, 4), (16, 8), (28, 3), (28, 10), (40, 3), (40, 8))]
+    bases += [f"cifar_wrn{size}" for size in ("16_4", "16_8", "28_3", "28_10", "40_3", "40_8")]
     residual = [base + variant for base in bases for variant in ("", "_bsconvu", "_bsconvs_p1d4")]
     return sorted(mobile + residual)
 

@@ -80,7 +80,8 @@ def test_a_model_is_built_by_name_without_weights(
 
 
 def test_the_number_of_classes_reaches_the_builder() -> None:
-    for library, name in (("timm", "lcnet_035"), ("torchvision", "shufflenet_v2_x0_5"), ("bsconv", "mobilenetv1_w1d4")):
+    for text in ("timm:lcnet_035", "torchvision:shufflenet_v2_x0_5", "bsconv:mobilenetv1_w1d4"):
+        library, _, name = text.partition(":")
         model = Source(library, name, {"num_classes": 7}).create()
         assert list(model.parameters())[-1].shape == (7,)
 

@@ -1,0 +1,229 @@
+"""`padfree-convert`: convert a network by name and report what changed.
+
+padfree-convert --timm mobilenetv3_large_100
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+import padfree
+from padfree.compare import Comparison, compare
+from padfree.convert import Plan, convert, plan
+from padfree.errors import PadfreeError
+from padfree.files import check_target, load_weights, read_checkpoint, replacing, save
+from padfree.sources import Source
+from padfree.types import Options
+
+_EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are PadfreeErrors: one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PadfreeError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or 2 after one line on stderr for anything the user can put right."""
+    try:
+        arguments = _parser().parse_args(argv)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
+            _run(arguments)
+    except PadfreeError as error:
+        print(f"padfree-convert: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("padfree-convert: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of a pipe went away; there is nobody to tell
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
+    model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
+    model.add_argument("--timm", metavar="NAME", help="a timm model")
+    model.add_argument("--torchvision", metavar="NAME", help="a torchvision model")
+    model.add_argument("--bsconv", metavar="NAME", help="an architecture of the bsconv package")
+    model.add_argument("--model", metavar="MODULE:FACTORY", help="a function of yours that returns a model")
+    built = parser.add_argument_group("how it is built")
+    built.add_argument("--num-classes", type=int, metavar="N", help="passed to the builder")
+    built.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    built.add_argument("--pretrained", action="store_true", help="download the library's weights")
+    built.add_argument("--checkpoint", metavar="FILE", help="unconverted weights: safetensors or torch")
+    rewrite = parser.add_argument_group("what is converted, and how")
+    rewrite.add_argument("--rules", nargs="+", metavar="RULE", help="of depthwise dense projection stem")
+    rewrite.add_argument(
+        "--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these"
+    )
+    rewrite.add_argument("--exclude", nargs="+", action="extend", metavar="PATTERN", help="leave these alone")
+    defaults = Options()
+    rewrite.add_argument("--merge", default=defaults.merge, help="activation (default), norm or conv")
+    rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
+    rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
+    rewrite.add_argument(
+        "--stem-residual", action="store_true", help="add the stem's output back after its tail"
+    )
+    result = parser.add_argument_group("results")
+    result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
+    result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
+    result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
+    result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
+    result.add_argument(
+        "--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)"
+    )
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    targets = _check_targets(arguments)
+    source = _source(arguments)
+    original = source.create(arguments.pretrained)
+    if arguments.checkpoint:
+        load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint))
+    size = tuple(arguments.input_size) if arguments.input_size else source.input_size
+    made = _plan(original, arguments, size)
+    if arguments.plan_only:
+        report = _report(source, made, None, original)
+    else:
+        converted = made.apply(original)
+        comparison = compare(original, converted, made.input_size)
+        report = _report(source, made, comparison, original)
+        _write_models(converted, made, source, targets)
+    _publish(report, source, made, None if arguments.plan_only else comparison, targets)
+
+
+def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
+    """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
+    targets: dict[str, Path | None] = {}
+    for name in ("output", "onnx", "exported_program", "json"):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        if name != "json" and arguments.plan_only:
+            flag = "--" + name.replace("_", "-")
+            raise PadfreeError(f"--plan-only converts nothing, so it has nothing to write for {flag}")
+        targets[name] = None if (name, path) == ("json", "-") else check_target(path)
+    if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
+        raise PadfreeError(f"--output {arguments.output}: the name must end in .safetensors")
+    written = [path.absolute() for path in targets.values() if path is not None]
+    if len(set(written)) < len(written):
+        raise PadfreeError("two results would be written to the same file")
+    return targets
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    libraries = ("timm", "torchvision", "bsconv", "model")
+    library = next(name for name in libraries if getattr(arguments, name) is not None)
+    kwargs: dict[str, Any] = {}
+    if arguments.num_classes is not None:
+        if arguments.num_classes < 0:
+            raise PadfreeError(f"--num-classes {arguments.num_classes}: a number of classes is not negative")
+        kwargs["num_classes"] = arguments.num_classes
+    if library == "timm" and arguments.input_size:
+        kwargs |= _timm_channels(arguments.timm, arguments.input_size[0])
+    name = getattr(arguments, library)
+    return Source("factory" if library == "model" else library, name, kwargs)
+
+
+def _timm_channels(name: str, channels: int) -> dict[str, int]:
+    """`in_chans` for timm where the size asked for has another channel count than the model's own."""
+    import timm
+
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    usual = config.input_size[0] if config is not None else 3
+    return {} if channels == usual else {"in_chans": channels}
+
+
+def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
+    options = Options(
+        merge=arguments.merge,
+        pool=arguments.pool,
+        projection=arguments.projection,
+        stem_residual=arguments.stem_residual,
+    )
+    settings: dict[str, Any] = {
+        "rules": _split(arguments.rules),
+        "include": arguments.include,
+        "exclude": arguments.exclude,
+        "options": options,
+        "input_size": size,
+    }
+    made = plan(model, **settings)
+    if not made.matches and not arguments.plan_only:
+        convert(model, **settings)  # says why there is nothing to convert
+    return made
+
+
+def _split(names: list[str] | None) -> tuple[str, ...] | None:
+    """Rules may be given apart or with commas between."""
+    return None if names is None else tuple(part for name in names for part in name.split(",") if part)
+
+
+def _report(source: Source, made: Plan, comparison: Comparison | None, original: nn.Module) -> dict[str, Any]:
+    """The content of `--json`; figures of a conversion that was not made are null."""
+    unknown: dict[str, Any] = {"original": None, "converted": None}
+    report: dict[str, Any] = {
+        "model": source.name,
+        "library": source.library,
+        "input_size": list(made.input_size),
+        "params": {**unknown, "original": sum(p.numel() for p in original.parameters())},
+        "macs": unknown,
+        "minimum_input": None,
+        "maps": None,
+        "uncounted": {},
+        "notes": [],
+    }
+    if comparison is not None:
+        report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
+    content = made.to_dict()
+    return report | {"options": content["options"], "matches": content["matches"], "skips": content["skips"]}
+
+
+def _write_models(converted: nn.Module, made: Plan, source: Source, targets: dict[str, Path | None]) -> None:
+    output, onnx, program = (targets.get(name) for name in ("output", "onnx", "exported_program"))
+    if output is not None:
+        save(converted, output, source)
+    if onnx is not None:
+        from padfree.export import to_onnx
+
+        to_onnx(converted, onnx, made.input_size)
+    if program is not None:
+        from padfree.export import to_exported_program
+
+        to_exported_program(converted, program, made.input_size)
+
+
+def _publish(
+    report: dict[str, Any],
+    source: Source,
+    made: Plan,
+    comparison: Comparison | None,
+    targets: dict[str, Path | None],
+) -> None:
+    text = json.dumps(report, indent=2)
+    if "json" in targets and targets["json"] is None:
+        print(text)
+        return
+    if targets.get("json") is not None:
+        with replacing(Path(str(targets["json"]))) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    from padfree.display import show
+
+    show(str(source), made, comparison)
+    for path in targets.values():
+        print(f"wrote {path}")

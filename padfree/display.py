@@ -1,0 +1,60 @@
+"""Plans and comparisons for people: rich tables on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+from padfree.compare import Comparison
+from padfree.types import PlanData
+
+
+def show(title: str, plan: PlanData, comparison: Comparison | None) -> None:
+    """Print a plan and, if there is one, the comparison of the networks before and after it."""
+    if sys.stdout.isatty():
+        _rich(title, plan, comparison)
+    else:
+        print("\n".join(_plain(title, plan, comparison)))
+
+
+def summary(title: str, plan: PlanData) -> str:
+    """One line: what is converted by which rule, and how much is left alone."""
+    rules = Counter(match.rule for match in plan.matches)
+    parts = ", ".join(f"{number} {rule}" for rule, number in rules.items()) or "none"
+    size = "x".join(map(str, plan.input_size))
+    return f"{title} at {size}: {len(plan.matches)} places to convert ({parts}), {len(plan.skips)} left alone"
+
+
+def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[str]:
+    lines = [summary(title, plan)]
+    lines += [f"  {item}" for item in (*plan.matches, *plan.skips)]
+    if comparison is not None:
+        rows = comparison.rows()
+        width = max(len(label) for label, _ in rows)
+        lines += [f"{label:<{width}}  {text}" for label, text in rows]
+    return lines
+
+
+def _rich(title: str, plan: PlanData, comparison: Comparison | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    console.print(Text(summary(title, plan), style="bold"))
+    places = Table("rule", "module", "reads", "wrote", "writes", box=None, pad_edge=False)
+    for match in plan.matches:
+        sizes = ("x".join(map(str, size)) for size in (match.size, match.out_before, match.out_after))
+        places.add_row(match.rule, Text(match.name), *sizes)
+    if plan.matches:
+        console.print(places)
+    if plan.skips:
+        skipped = Table("left alone", "reason", box=None, pad_edge=False)
+        for skip in plan.skips:
+            skipped.add_row(Text(skip.name), Text(skip.reason))
+        console.print(skipped)
+    if comparison is not None:
+        figures = Table("", "before -> after", box=None, pad_edge=False)
+        for label, text in comparison.rows():
+            figures.add_row(label, Text(text))
+        console.print(figures)
