@@ -3,10 +3,29 @@
     model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
+from padfree.compare import Comparison, compare
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.errors import PadfreeError
+from padfree.files import load, save
 from padfree.rule import Example, Rule, register
 from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"
-__all__ = ["Example", "Match", "Options", "PadfreeError", "Plan", "Rule", "Skip", "__version__", "convert", "is_converted", "plan", "register"]
+__all__ = [
+    "Comparison",
+    "Example",
+    "Match",
+    "Options",
+    "PadfreeError",
+    "Plan",
+    "Rule",
+    "Skip",
+    "__version__",
+    "compare",
+    "convert",
+    "is_converted",
+    "load",
+    "plan",
+    "register",
+    "save",
+]
