@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML).
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 for success, 1 where a table is off, 2 for anything wrong with the request."""
+    warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", FutureWarning)  # timm's, not the user's
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse takes a list of settings only where they stand together; here they may follow options
@@ -128,7 +130,7 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
-    from .report import show_bsconv, show_lines, write_json
+    from .report import show_bsconv, show_lines, wide_console, write_json
     from .tables import Line, lines, recipe_lines
 
     errors = Console(stderr=True)
@@ -150,12 +152,12 @@ def _table(arguments: argparse.Namespace) -> int:
         if arguments.json:
             write_json([row.to_dict() for row in rows], arguments.json)
         else:
-            show_bsconv(rows, Console())
+            show_bsconv(rows, wide_console())
         return int(any(row.off or row.skipped for row in rows))
     if arguments.json:
         write_json([line.to_dict() for line in found], arguments.json)
     else:
-        show_lines(found, Console())
+        show_lines(found, wide_console())
     return int(any(line.off for line in found))
 
 

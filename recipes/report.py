@@ -15,24 +15,21 @@ from .bsconv_table import BSConvLine
 from .files import write_text
 from .tables import Line
 
+WIDTH = 160  # of the widest table
+
+
+def wide_console() -> Console:
+    """Standard output, wide enough that no figure is cut; a narrow terminal wraps the lines."""
+    return Console(width=max(WIDTH, Console().width))
+
 
 def show_lines(lines: Sequence[Line], console: Console) -> None:
     """Print rows as a table, then the remarks and what is off."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("recipe", "variant", "count"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("params", "published M", "diff", "FLOPs", "published M", "diff", "top-1"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for line in lines:
-        table.add_row(line.recipe, line.variant, line.convention, *_cells(line))
-    console.print(table)
-    for line in lines:
-        for remark in line.remarks:
-            console.print(f"{line.recipe} {line.variant}: {remark}", highlight=False)
-    for line in lines:
-        for fault in line.off:
-            console.print(f"OFF {line.recipe} {line.variant}: {fault}", style="bold red", highlight=False)
+    headings = ["recipe", "variant", "count", "params", "published M", "diff", "FLOPs", "published M", "diff"]
+    rows = [[line.recipe, line.variant, line.convention, *_cells(line)] for line in lines]
+    plain_table([*headings, "top-1", ""], rows, console, names=3)
+    _notes([(line, text) for line in lines for text in line.remarks], "*", "", console)
+    _notes([(line, text) for line in lines for text in line.off], "OFF", "bold red", console)
 
 
 def write_json(data: Any, target: str) -> None:
@@ -44,21 +41,29 @@ def write_json(data: Any, target: str) -> None:
         write_text(Path(target), text)
 
 
-def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
-    """Print a table whose first column is a name and whose others are figures."""
+def plain_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console, names: int = 1
+) -> None:
+    """Print a table: its first columns are names, its others figures."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if index < names else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+def _notes(notes: Sequence[tuple[Line, str]], mark: str, style: str, console: Console) -> None:
+    for line, text in notes:
+        note = f"{mark} {line.recipe} {line.variant}: {text}"
+        console.print(note, style=style, highlight=False, soft_wrap=True)
 
 
 def _cells(line: Line) -> list[str]:
     published, difference = line.published, line.differences()
     cells = []
     for key, digits in (("params", 3), ("flops", 1)):
-        cells.append(f"{line.measured[key]:,}" if line.measured else "")
+        cells.append(f"{line.measured[key]:,}")
         cells.append(f"{published[f'{key}_m']:.{digits}f}" if f"{key}_m" in published else "")
         cells.append(f"{difference[f'{key}_m']:+.{digits + 1}f}" if f"{key}_m" in difference else "")
     cells.append(f"{published['top1']:.2f}" if "top1" in published else "")
@@ -79,4 +84,5 @@ def show_bsconv(lines: Sequence[BSConvLine], console: Console) -> None:
     plain_table(headings, rows, console)
     for line in lines:
         for fault in (*line.off, *([line.skipped] if line.skipped else [])):
-            console.print(f"OFF {line.architecture}: {fault}", style="bold red", highlight=False)
+            note = f"OFF {line.architecture}: {fault}"
+            console.print(note, style="bold red", highlight=False, soft_wrap=True)

@@ -29,7 +29,7 @@ class Line:
         recipe, variant: which network.
         convention: how operations are counted.
         published: printed figures (millions; top-1 in percent).
-        measured: what the network built here has (None: nothing is published to compare with).
+        measured: what the network built here has.
         reference: the reference implementation's figures.
         off: what is wrong, one sentence each; empty for a good row.
         remarks: measured figures that do not round to the printed ones, each with its reason.
@@ -39,15 +39,13 @@ class Line:
     variant: str
     convention: str
     published: dict[str, float]
-    measured: dict[str, int] | None
+    measured: dict[str, int]
     reference: dict[str, int]
     off: tuple[str, ...]
     remarks: tuple[str, ...]
 
     def differences(self) -> dict[str, float]:
         """Measured less published, in millions."""
-        if self.measured is None:
-            return {}
         return {
             key: round(self.measured[key.removesuffix("_m")] / 1e6 - value, 6)
             for key, value in self.published.items()
@@ -87,17 +85,15 @@ def recipe_lines(recipe: Recipe, progress: Callable[[str], None] = lambda text: 
         raise RecipeError(f"recipe {recipe.name} has no published figures to compare with")
     convention = recipe.figures.count
     for variant, row in recipe.figures.rows.items():
-        counted = None
-        if _has_counts(row):
-            progress(f"{recipe.name} {variant}")
-            counted = count(recipe.build(variant), recipe.model.input_side, convention)
-        off, remarks = _compare(row, counted) if counted else ((), ())
+        progress(f"{recipe.name} {variant}")
+        counted = count(recipe.build(variant), recipe.model.input_side, convention)
+        off, remarks = _compare(row, counted)
         yield Line(
             recipe.name,
             variant,
             convention,
             row.published.model_dump(exclude_none=True),
-            _figures(counted) if counted else None,
+            _figures(counted),
             row.reference.model_dump(exclude_none=True),
             off,
             remarks,
@@ -109,10 +105,6 @@ def _published() -> Iterator[Recipe]:
         recipe = load(name)
         if recipe.figures is not None:
             yield recipe
-
-
-def _has_counts(row: Row) -> bool:
-    return row.published.params_m is not None or row.published.flops_m is not None
 
 
 def _figures(counted: Count) -> dict[str, int]:

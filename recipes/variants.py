@@ -66,9 +66,9 @@ def conversion(recipe: Recipe, variant: str) -> dict[str, Any]:
     downsampling = (*DOWNSAMPLING, *options.extra_rules)
     rules = {"padfree": downsampling + STEM, "stem-only": STEM, "downsampling-only": downsampling}[variant]
     if options.extra_rules:
-        from . import parc_rule
+        from .parc_rule import ensure_registered
 
-        parc_rule.ensure_registered()
+        ensure_registered()
     side = recipe.model.input_side
     return {
         "rules": rules,
