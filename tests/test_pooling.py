@@ -1,4 +1,4 @@
-"""The pool functions against F.max_pool2d: values, gradients, and everyone who must see the plain operator."""
+"""The pool functions against F.max_pool2d: values, gradients, who must see the plain operator."""
 
 import io
 import itertools
