@@ -227,3 +227,7 @@ def _publish(
     show(str(source), made, comparison)
     for path in targets.values():
         print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,8 +23,8 @@ from padfree.skeleton import bare_copy
 
 Size = tuple[int, ...]
 
-# Sides up to this one are tried one by one, larger ones by bisection: five halvings need 63 pixels.
-_SCANNED = 64
+# Networks that cut maps into windows take multiples of the window only, so bisection may pass by a lesser side.
+_FACTORS = (7, 8)
 
 _LISTED = 6  # kinds of uncounted operations that the table names
 
@@ -63,8 +63,8 @@ class Comparison:
         macs: multiply-adds of one image as fvcore counts them.
         maps: the distinct (before, after) sizes that strided convolutions and pools write, in order.
         minimum_input: the least square side, in pixels, that both networks take; one pixel less was
-            tried and one of them fails. Beyond 64 pixels it is found by bisection, so a network
-            whose sides must be multiples of something may have a lesser one. None: not found.
+            tried and one of them fails. Found by bisection below `input_size`, then among the multiples
+            of 7 and 8 below that. None: not found.
         uncounted: operations that `macs` leaves out, with their number in each network.
         notes: what could not be measured, and why.
     """
@@ -101,7 +101,7 @@ class Comparison:
             ("MACs (fvcore)", _line(self.macs, _short)),
             ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
             ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
-            ("smallest input", f"{self.minimum_input} pixels a side" if self.minimum_input else "unknown"),
+            ("smallest input", _side(self.minimum_input)),
             ("not in the MACs", ", ".join(listed) or "-"),
         ]
         return rows + [("note", note) for note in self.notes]
@@ -213,16 +213,17 @@ def minimum_input(original: Recording, converted: Recording) -> int | None:
     def works(side: int) -> bool:
         return _runs(converted, side) and _runs(original, side)
 
-    for side in range(1, min(_SCANNED, top) + 1):
-        if works(side):
-            return side
-    if top <= _SCANNED or not works(top):
+    if not works(top):
         return None
-    low, high = _SCANNED, top  # low fails, high works
+    low, high = 0, top  # low fails, high works
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if works(middle) else (middle, high)
-    return high
+    lesser = (side for side in range(1, high) if any(side % factor == 0 for factor in _FACTORS))
+    side = next((side for side in lesser if works(side)), high)
+    while side > 1 and works(side - 1):
+        side -= 1
+    return side
 
 
 def _runs(recording: Recording, side: int) -> bool:
@@ -275,6 +276,10 @@ def _short(value: int | None) -> str:
 
 def _size(size: Size) -> str:
     return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+
+
+def _side(side: int | None) -> str:
+    return "unknown" if side is None else f"{side} pixel{'s' * (side > 1)} a side"
 
 
 def _line(pair: Pair, form: Any) -> str:

@@ -22,7 +22,8 @@ def summary(title: str, plan: PlanData) -> str:
     rules = Counter(match.rule for match in plan.matches)
     parts = ", ".join(f"{number} {rule}" for rule, number in rules.items()) or "none"
     size = "x".join(map(str, plan.input_size))
-    return f"{title} at {size}: {len(plan.matches)} places to convert ({parts}), {len(plan.skips)} left alone"
+    places = f"{len(plan.matches)} place{'s' * (len(plan.matches) != 1)} to convert"
+    return f"{title} at {size}: {places} ({parts}), {len(plan.skips)} left alone"
 
 
 def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[str]:

@@ -50,13 +50,17 @@ def plain_kind(op: Op) -> str:
 
 @dataclass(frozen=True)
 class Chain:
-    """conv -> norm -> act: the values after each part that is there, and the modules' paths."""
+    """conv -> norm -> act: the values after each part that is there, and the modules' paths.
+
+    `norm_last` says that the norm reads (N, H, W, C).
+    """
 
     conv: int
     norm: int | None
     act: int | None
     norm_path: str
     act_path: str
+    norm_last: bool = False
 
     def end(self, merge: str = "activation") -> int:
         """The value a sum is taken at: `merge`, or where the chain ends earlier, its end."""
@@ -131,16 +135,28 @@ class Flow:
         side = (shape[2], shape[3]) if len(shape) == 4 else None
         carried = [source for source in inputs if source in self._tag]
         alike = [source for source in carried if self._tag[source] == side]
-        if side is not None and (alike or not carried or all(source in self._maps for source in carried)):
+        wide = [source for source in carried if self._tag[source] != (1, 1)]  # gates of one pixel aside
+        if side is not None and (alike or self._makes_map(value, carried)):
             self._maps.add(value)
             self._tag[value] = side
             if side != (1, 1):
                 for source in alike:
                     self._union(value, source)
-        elif carried and len({self._tag[source] for source in carried}) == 1:
-            self._tag[value] = self._tag[carried[0]]
-            for source in carried:
+        elif len({self._tag[source] for source in wide}) == 1:
+            self._tag[value] = self._tag[wide[0]]
+            for source in wide:
                 self._union(value, source)
+
+    def _makes_map(self, value: int, carried: list[int]) -> bool:
+        """Whether a 4-d value of a new size is a map, rather than one laid out (N, H, W, C)."""
+        op = self.producer(value)
+        shape = self.values[value].shape
+        if any(self._tag[source] == (shape[1], shape[2]) for source in carried):
+            return False
+        if op is not None and plain_kind(op) in ("permute", "transpose"):
+            return False
+        unfolded = op is not None and plain_kind(op) in VIEWS
+        return unfolded or all(source in self._maps for source in carried)
 
     # -- walking forward ------------------------------------------------------------------------
 
@@ -156,20 +172,34 @@ class Flow:
 
     def chain(self, value: int) -> Chain:
         """The norm and activation that follow the convolution output `value`."""
-        norm, norm_path, current = None, "", value
+        norm, norm_path, current, normed = None, "", value, False
         while (after := self.linear_step(current)) is not None:
             op = self.ops[self.values[after].producer]
             is_norm = op.kind in NORMS
-            if (is_norm and norm_path) or self._in_other_block(op, value):
+            if (is_norm and normed) or self._in_other_block(op, value):
                 break
-            if is_norm or plain_kind(op) in AFFINE:
-                norm_path = norm_path or self.recording.calls[op.call].path
+            if is_norm or self._scales_channels(op):
+                norm_path = norm_path or self._norm_module(op)
+                normed = True
             current = after
-            if norm_path and self.values[current].shape == self.values[value].shape:
+            if normed and self.values[current].shape == self.values[value].shape:
                 norm = current
         start = value if norm is None else norm
         act, act_path = self.activation(start)
-        return Chain(value, norm, act, norm_path if norm is not None else "", act_path)
+        norm_path = norm_path if norm is not None else ""
+        read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
+        return Chain(value, norm, act, norm_path, act_path, bool(read) and not self.is_map(read[0]))
+
+    def _scales_channels(self, op: Op) -> bool:
+        """Whether an affine operation has a tensor of constants, not a number, for its other operand."""
+        constants = [ref for ref in op.args[0] if isinstance(ref, Ref) and ref.value not in op.inputs]
+        return plain_kind(op) in AFFINE and any(self.values[ref.value].shape for ref in constants)
+
+    def _norm_module(self, op: Op) -> str:
+        """Path of the module that is a norm and no more, or ""."""
+        call = self.recording.calls[op.call]
+        heavy = {"convolution", "mm", "addmm", "bmm"}
+        return "" if any(self.ops[index].kind in heavy for index in call.ops) else call.path
 
     def activation(self, value: int) -> tuple[int | None, str]:
         """The value after the activation that reads `value`, and its module's path ("" for a function).

@@ -119,6 +119,18 @@ class StemTail(nn.Module):
         return out
 
 
+class LastChannelNorm(nn.Module):
+    """A norm over the last axis, such as `nn.LayerNorm`, on (N, C, H, W)."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def _or_identity(module: nn.Module | None) -> nn.Module:
     return nn.Identity() if module is None else module
 

@@ -168,6 +168,8 @@ class Recorder(TorchDispatchMode):
         refs = [self.value(tensor) for tensor in tensors]
         frozen = _freeze((args, kwargs), self.value)
         result = func(*args, **kwargs)
+        if tensors and isinstance(result, torch.Tensor) and not func._schema.is_mutable and _key(result) == _key(tensors[0]):
+            return result  # a view of the same thing: the same value
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
         outputs: list[torch.Tensor] = []
         _collect((result,), outputs)
@@ -252,21 +254,22 @@ def check_input_size(size: Any) -> tuple[int, ...]:
     return checked
 
 
-def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, copied: bool = False) -> Recording:
+def record(
+    model: nn.Module, input_size: tuple[int, ...] | None = None, *, like: Recording | None = None
+) -> Recording:
     """Run `model` once on meta tensors of `input_size` (C, H, W) and write down what it does.
 
     Args:
         model: any module that takes an image batch (N, C, H, W), a list of images, or a video batch.
         input_size: (C, H, W); `default_input_size(model)` if not given.
-        copied: `model` is already a copy to be run as it is (meta or real).
+        like: `model` is a copy of this recording's model already: run it as it is, on the same arguments.
 
     Raises:
         PadfreeError: the model does not run at that size, on meta or on real tensors.
     """
+    if like is not None:
+        return _run_on(model, like.input_size, like.example, like.meta)
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
-    if copied:
-        tensor = next(iter([*model.parameters(), *model.buffers()]), None)
-        return _run(model, size, meta=tensor is None or tensor.is_meta)
     skeleton = meta_copy(model)
     try:
         return _run(skeleton, size, meta=True)

@@ -8,7 +8,7 @@ the parts of a split that are concatenated again, or linear branches of one inpu
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -125,7 +125,12 @@ class Sites:
     def __init__(self, flow: Flow) -> None:
         self.flow = flow
         self.recording = flow.recording
-        self.convs = {op.index: self._conv(op) for op in flow.ops if op.kind == "convolution" and _is_2d(op)}
+        found = (op for op in flow.ops if op.kind == "convolution" and self._is_2d(op))
+        self.convs = {op.index: self._conv(op) for op in found}
+
+    def _is_2d(self, op: Op) -> bool:
+        positional = op.args[0]
+        return not positional[6] and len(self.flow.values[positional[1].value].shape) == 4
 
     def _conv(self, op: Op) -> Conv:
         flow = self.flow
@@ -137,7 +142,7 @@ class Sites:
         if before is not None and before.kind in _PADS and len(flow.consumers(source)) == 1:
             pad, sides, mode = before.index, *_pad(before)
             source = data_input(before)
-        own = positional[4]
+        own = _pair(positional[4])
         padding = (sides[0] + own[0], sides[1] + own[0], sides[2] + own[1], sides[3] + own[1])
         path, is_module = self._owner(op)
         channels = flow.values[source].shape[1]
@@ -182,7 +187,10 @@ class Sites:
             source = paired[0].source if paired else source
         dense = bool(paired) or not conv.depthwise
         shortcut = self._is_shortcut(source, value)
-        return Site(tuple(convs), points, source, flow.chain(value), dense, paired, shortcut)
+        chain = flow.chain(value)
+        if not chain.norm_path and len(members) > 1:  # the branches have norms of their own
+            chain = replace(chain, norm_path=flow.chain(convs[0].out).norm_path)
+        return Site(tuple(convs), points, source, chain, dense, paired, shortcut)
 
     def _split_parts(self, conv: Conv) -> tuple[list[Conv], int, int]:
         """Convs over the parts of one split, concatenated again in order (MixConv)."""
@@ -291,11 +299,6 @@ class Sites:
         return self._is_shortcut(data_input(op), op.outputs[0])
 
 
-
-
-def _is_2d(op: Op) -> bool:
-    positional = op.args[0]
-    return not positional[6] and len(positional[3]) in (1, 2) and len(positional[5]) in (1, 2)
 
 
 def _pair(value: Any) -> tuple[int, int]:

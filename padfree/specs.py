@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from padfree.layers import DepthwiseReduction, PoolProjection, StemTail, act_like, norm_like
+from padfree.layers import DepthwiseReduction, LastChannelNorm, PoolProjection, StemTail, act_like, norm_like
 
 FUNCTIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -35,6 +35,7 @@ class Spec:
         norm, act: paths of the modules copied ("" for none); `function` names an activation called as one.
         reference: path of the module whose weight gives device and dtype.
         absorbs, residual, preact: see `StemTail`.
+        norm_last: the copied norm reads (N, H, W, C).
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Spec:
     absorbs: bool = False
     residual: bool = False
     preact: bool = False
+    norm_last: bool = False
 
     def build(self, model: nn.Module, end: nn.Module | None = None) -> nn.Module:
         """The layer, on the device and with the dtype of its reference, in its mode."""
@@ -89,7 +91,10 @@ class Spec:
             )  # fmt: skip
 
     def _norm(self, model: nn.Module, channels: int, with_act: bool = True) -> nn.Module | None:
-        return norm_like(model.get_submodule(self.norm), channels, with_act=with_act) if self.norm else None
+        if not self.norm:
+            return None
+        norm = norm_like(model.get_submodule(self.norm), channels, with_act=with_act)
+        return LastChannelNorm(norm) if self.norm_last else norm
 
     def _act(self, model: nn.Module) -> nn.Module | None:
         if self.act:

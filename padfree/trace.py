@@ -141,12 +141,12 @@ def _is_simple(value: Any) -> bool:
 
 
 class BlockTracer(fx.Tracer):
-    """Traces one forward with every child a leaf; non-tensor arguments are bound to recorded values."""
+    """Traces one forward with every child a leaf; flags among its arguments are bound to recorded values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True
-        self.bound: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
@@ -155,15 +155,21 @@ class BlockTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """A placeholder for each parameter of the forward; those bound to a non-tensor pass its value."""
+        """A placeholder for each parameter of the forward.
+
+        Flags (None, bool, str) pass their recorded value, lists of tensors a list of their elements.
+        """
         args: list[Any] = [self.root]
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             proxy = self.create_proxy("placeholder", parameter.name, default, {})
-            if parameter.name in self.bound:
-                value = self.bound[parameter.name]
+            value = self.arguments[parameter.name]
+            if value is None or isinstance(value, (bool, str)):
                 self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
                 args.append(value)
+            elif isinstance(value, (list, tuple)) and _holds_tensor(value):
+                self.create_proxy("call_function", expect_length, (proxy, len(value), parameter.name), {})
+                args.append(type(value)(proxy[index] for index in range(len(value))))
             else:
                 args.append(proxy)
         return root_fn, args
@@ -178,14 +184,19 @@ def expect_argument(found: Any, expected: Any, name: str) -> None:
         )
 
 
+def expect_length(found: Any, expected: int, name: str) -> None:
+    """Generated code calls this for a list of tensors, whose recorded length its graph was traced with."""
+    if len(found) != expected:
+        raise RuntimeError(
+            f"this converted block was traced with {expected} tensors in {name} and got {len(found)}; "
+            "convert the model with a forward that passes as many"
+        )
+
+
 def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     stand_in = spy.fresh(training)
-    arguments = _bind(stand_in, call, where)
     tracer = BlockTracer()
-    tracer.bound = {name: value for name, value in arguments.items() if not _holds_tensor(value)}
-    for name, value in tracer.bound.items():
-        if not _is_simple(value):
-            raise Refusal(f"the forward of {where} takes `{name}`, a {type(value).__name__}, which cannot be baked")
+    tracer.arguments = _bind(stand_in, call, where)
     spy.writes.clear()
     try:
         return tracer.trace(stand_in)
@@ -305,8 +316,12 @@ def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool
 def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> tuple[list[Value], list[Op]]:
     recorder = _recorder(arguments, names)
     args, kwargs = arguments
+    lists = [item for item in (*args, *kwargs.values()) if isinstance(item, list)]
+    before = [list(item) for item in lists]
     with torch.random.fork_rng(devices=[]), recorder:
         type(module).forward(module, *args, **kwargs)
+    if any(a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)):
+        raise Refusal(f"the forward of `{type(module).__name__}` changes a list it is given")
     return recorder.values, recorder.ops
 
 

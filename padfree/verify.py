@@ -30,7 +30,7 @@ def verify(
     """
     _check_state(original.model, converted, set(resized))
     try:
-        after = record(converted, original.input_size, copied=True)
+        after = record(converted, like=original)
     except Exception as error:
         raise Refusal(_blame(error)) from error
     before_shapes = [original.values[value].shape for value in original.outputs]

@@ -52,9 +52,10 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
 
 def _stem_conv(sites: Sites) -> Conv:
     """The first conv, or the depthwise half of the BSConv pair that it begins."""
+    widest = max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
+    if widest.kernel != (1, 1):
+        return widest
     first = sites.first[0]
-    if not first.pointwise:
-        return max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
     for conv in sites.convs.values():
         if conv.depthwise and first in sites.site(conv).paired:
             return conv
@@ -68,6 +69,8 @@ def _trouble(sites: Sites, conv: Conv, site: Site) -> str:
     if others:
         return f"{len(others) + 1} separate convs read the input (`{others[0].path}` too); a hybrid stem follows one"
     if kernel[0] % 2 == 0 or kernel[0] < 3 or kernel[0] <= stride[0]:
+        if kernel[0] > stride[0]:
+            return f"its kernel is {kernel[0]}x{kernel[1]}; an odd one of at least 3 is needed"
         return f"patchify stem: {kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]} windows do not overlap"
     if not _has_padded_downsampling(sites):
         return "the network has no odd stride-2 convolution and no 3x3 stride-2 max-pool"
@@ -96,15 +99,15 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     if chain.norm is None and chain.act is None:
         following = _following(sites, value)
         if following is not None:
-            norm, act, preact = following.norm_path, following.act_path, True
-            function = _function(sites, following)
+            chain, preact = following, True
+            norm, act, function = following.norm_path, following.act_path, _function(sites, following)
     if norm and act.startswith(f"{norm}."):
         act = ""  # the norm's copy brings its activation along (timm's BatchNormAct2d)
     detail: dict[str, Any] = {
         "op": conv.op, "channels": conv.out_channels, "stride": stride, "norm": norm, "act": act,
-        "function": function, "preact": int(preact), "value": value,
+        "function": function, "preact": int(preact), "value": value, "norm_last": int(chain.norm_last),
     }  # fmt: skip
-    place = recording.calls[pool.call].path if pool is not None else chain.act_path
+    place = recording.calls[pool.call].path if pool is not None else site.chain.act_path
     block = ""
     if place and _replaceable(sites, place):
         detail["place"] = place
@@ -176,7 +179,7 @@ def rewrite(match: Match, edit: Editor) -> None:
     spec = Spec(
         "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
         function=detail["function"], absorbs=detail["value"] != edit.sites.site(edit.sites.convs[detail["op"]]).chain.end(),
-        residual=edit.options.stem_residual, preact=bool(detail["preact"]),
+        residual=edit.options.stem_residual, preact=bool(detail["preact"]), norm_last=bool(detail["norm_last"]),
     )  # fmt: skip
     if "place" in detail:
         edit.replace_end(detail["place"], spec)
