@@ -23,7 +23,7 @@ from padfree.skeleton import bare_copy
 
 Size = tuple[int, ...]
 
-# Networks that cut maps into windows take multiples of the window only, so bisection may pass by a lesser side.
+# Networks that cut maps into windows take multiples only, so bisection may pass by a lesser side.
 _FACTORS = (7, 8)
 
 _LISTED = 6  # kinds of uncounted operations that the table names
