@@ -1,0 +1,69 @@
+"""Every example runs as it is written, and the README's examples and figures hold."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from padfree.cli import main
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+
+
+def run(path: Path, cwd: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(path)], capture_output=True, text=True, cwd=cwd
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_three_examples() -> None:
+    assert {path.name for path in EXAMPLES} >= {"convert_own_module.py", "convert_timm.py", "new_rule.py"}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_runs(path: Path, tmp_path: Path) -> None:
+    assert run(path, tmp_path).strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    code = blocks("python")
+    assert len(code) == 3
+    (tmp_path / "readme.py").write_text("\n".join(code))
+    assert "5,483,032 -> 5,483,752" in run(tmp_path / "readme.py", tmp_path)
+    assert (tmp_path / "mobilenet.safetensors").stat().st_size > 4 * 5_483_752
+
+
+def test_the_output_in_the_readme_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    (text,) = blocks("text")
+    assert main(["--timm", "mobilenetv3_large_100"]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_the_readme_names_files_and_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    flags = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert len(pages) >= 4
+    for page in pages:
+        text = page.read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    documented = set(re.findall(r"`(--[a-z][a-z-]+)", (ROOT / "docs" / "command-line.md").read_text()))
+    assert len(documented) >= 16
+    assert documented <= flags
+    assert flags - documented <= {"--help", "--version", "--timm", "--torchvision", "--bsconv", "--model"}

@@ -1,0 +1,159 @@
+"""The ground: what an import pulls in, what imports what, and that the metadata is complete."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import padfree
+
+ROOT = Path(__file__).parent.parent
+
+# The floors of the named parts; a file imports only from floors below, or beside it where no circle results.
+FLOORS = (
+    ("errors", "geometry", "types"),
+    ("layers", "pooling", "skeleton", "sources"),
+    ("record", "rule", "trace"),
+    ("rules",),
+    ("planning", "surgery"),
+    ("verify",),
+    ("compare", "convert"),
+    ("display", "export", "files"),
+    ("", "cli"),
+)
+
+
+def config() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def listed(section: str, option: str) -> list[str]:
+    return [line.strip() for line in config()[section][option].splitlines() if line.strip()]
+
+
+def test_import_padfree_loads_torch_alone() -> None:
+    heavy = "timm torchvision bsconv fvcore rich safetensors yaml pydantic padfree.recipes padfree.cli"
+    code = (
+        f"import sys, padfree; print([name for name in {heavy.split()!r} if name in sys.modules]);"
+        "assert 'torch' in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of padfree that a file imports, as "" or the first name below `padfree`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {
+            name.split(".")[1] if "." in name else "" for name in names if name.split(".")[0] == "padfree"
+        }
+    public = set(padfree.__all__) - {"compare", "convert"}
+    return {"" if name in public else name for name in found}
+
+
+def sources() -> dict[str, list[Path]]:
+    table: dict[str, list[Path]] = {}
+    for path in sorted((ROOT / "padfree").rglob("*.py")):
+        top = path.relative_to(ROOT / "padfree").parts[0].removesuffix(".py")
+        table.setdefault("" if top == "__init__" else top, []).append(path)
+    return table
+
+
+def test_imports_go_down_the_floors() -> None:
+    level = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    uses = {name: set().union(*map(imported, paths)) - {name} for name, paths in sources().items()}
+    assert len(uses) >= 20
+    assert level.keys() - {"export"} <= uses.keys()
+    for name, others in uses.items():
+        assert "recipes" not in others
+        for other in others & level.keys() if name in level else ():
+            assert level[other] <= level[name], f"{name} imports padfree.{other} from above"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    uses = {name: set().union(*map(imported, paths)) - {name} for name, paths in sources().items()}
+    while uses:
+        free = {name for name, others in uses.items() if not others & uses.keys()}
+        assert free, (
+            f"these import each other: { {name: others & uses.keys() for name, others in uses.items()} }"
+        )
+        uses = {name: others for name, others in uses.items() if name not in free}
+
+
+def test_rules_import_no_rule() -> None:
+    files = [path for path in (ROOT / "padfree" / "rules").glob("*.py") if path.name != "__init__.py"]
+    assert len(files) >= 4
+    for path in files:
+        assert "padfree.rules" not in path.read_text(), path
+
+
+def test_every_package_is_listed() -> None:
+    """A folder with code that is not listed would be missing from the wheel, and only there."""
+    packages = set(listed("options", "packages"))
+    found = {
+        "padfree" + "".join(f".{part}" for part in path.parent.relative_to(ROOT / "padfree").parts)
+        for path in (ROOT / "padfree").rglob("*.py")
+    }
+    found |= {
+        "padfree.recipes" + "".join(f".{part}" for part in path.parent.relative_to(ROOT / "recipes").parts)
+        for path in (ROOT / "recipes").rglob("*.py")
+    }
+    assert {"padfree", "padfree.rules", "padfree.recipes"} <= found
+    assert packages == found
+
+
+def test_the_version_is_one() -> None:
+    assert config()["metadata"]["version"] == padfree.__version__
+    assert importlib.metadata.version("padfree") == padfree.__version__
+    assert f"## {padfree.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_requirements_and_commands() -> None:
+    required = listed("options", "install_requires")
+    assert required == ["torch>=2.6", "torchvision", "timm", "fvcore", "safetensors", "rich"]
+    extras = set(config()["options.extras_require"])
+    assert extras == {"bsconv", "recipes", "onnx", "all", "test", "dev"}
+    scripts = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="console_scripts")}
+    assert scripts["padfree-convert"] == "padfree.cli:main"
+    assert scripts["padfree-recipes"] == "padfree.recipes.cli:main"
+
+
+def test_the_recipe_files_are_installed() -> None:
+    code = "from padfree.recipes.files import LIBRARY; print(len(list(LIBRARY.rglob('*.yaml'))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(done.stdout) == len(list((ROOT / "recipes" / "library").rglob("*.yaml"))) >= 15
+
+
+def test_the_licence_is_whole() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert text.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "END OF TERMS AND CONDITIONS" in text
+    assert len(text) == 11357
+
+
+@pytest.mark.parametrize("name", [".ci/run"])
+def test_scripts_can_be_run(name: str) -> None:
+    assert os.access(ROOT / name, os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
