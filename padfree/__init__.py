@@ -1,6 +1,6 @@
 """padfree rewrites existing convolutional networks into their padding-free form.
 
-    model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
+model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
 from padfree.compare import Comparison, compare

@@ -20,8 +20,8 @@ from padfree.layers import StemTail
 from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
 from padfree.record import Recording, record
 from padfree.reforward import is_rewritten
-from padfree.rule import rules as get_rules
 from padfree.rule import Rule
+from padfree.rule import rules as get_rules
 from padfree.sites import Sites
 from padfree.skeleton import full_copy
 from padfree.surgery import Operation, Surgeon, perform
@@ -113,16 +113,30 @@ def check_model(model: Any) -> None:
         raise PadfreeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if hasattr(model, "_orig_mod"):
-        raise PadfreeError("the model is wrapped by torch.compile; convert first: torch.compile(padfree.convert(model))")
-    wrappers = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule", "DeepSpeedEngine")
+        raise PadfreeError(
+            "the model is wrapped by torch.compile; convert first: torch.compile(padfree.convert(model))"
+        )
+    wrappers = (
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "DataParallel",
+        "FSDPModule",
+        "DeepSpeedEngine",
+    )
     if any(base.__name__ in wrappers for base in type(model).__mro__):
-        raise PadfreeError(f"the model is wrapped by {kind}; convert the model inside (model.module), then wrap it again")
+        raise PadfreeError(
+            f"the model is wrapped by {kind}; convert the model inside (model.module), then wrap it again"
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise PadfreeError("the model is TorchScript; convert the Python model, then script or trace it")
     if isinstance(model, torch.fx.GraphModule):
-        raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
+        raise PadfreeError(
+            "the model is a torch.fx GraphModule; convert the model it was traced from, then trace"
+        )
     for name, module in model.named_modules():
-        if hasattr(module, "_packed_params") or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+        if hasattr(module, "_packed_params") or type(module).__module__.startswith(
+            ("torch.ao.nn.quantized", "torch.nn.quantized")
+        ):
             raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")
 
 
@@ -150,14 +164,18 @@ def _plan(
     return made, operations
 
 
-def _matches(sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]) -> tuple[Match, ...]:
+def _matches(
+    sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]
+) -> tuple[Match, ...]:
     sizes = sizes_after(sites, groups)
     return (*with_sizes(groups, sizes, sites), *_following(sites, groups, options, selected))
 
 
 def _following(sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]) -> list[Match]:
     sizes = sizes_after(sites, groups)
-    return [match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)]
+    return [
+        match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)
+    ]
 
 
 def _settle(
@@ -185,7 +203,9 @@ def _settle(
             break
         waiting = again
     failed = [
-        Skip(match.name, reasons[index], match.rule, group.domain) for index, group in waiting for match in group.matches
+        Skip(match.name, reasons[index], match.rule, group.domain)
+        for index, group in waiting
+        for match in group.matches
     ]
     return kept, best, failed
 

@@ -21,7 +21,12 @@ def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
     """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
     first = {conv.op for conv in sites.first}
     for conv in sites.convs.values():
-        if max(conv.stride) > 1 and max(conv.kernel) >= 3 and conv.op not in first and sites.flow.is_map(conv.source):
+        if (
+            max(conv.stride) > 1
+            and max(conv.kernel) >= 3
+            and conv.op not in first
+            and sites.flow.is_map(conv.source)
+        ):
             site = sites.site(conv)
             if not any(point.op in first for point in site.paired):
                 yield conv, site
@@ -86,7 +91,10 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
         return Skip(conv.path, why, rule, sites.flow.domain(conv.out))
     if conv != site.lead:
         return new_match(sites, rule, conv, "", {"lead": site.lead.path})
-    channels = (sites.recording.values[site.source].shape[1], sites.recording.values[site.chain.conv].shape[1])
+    channels = (
+        sites.recording.values[site.source].shape[1],
+        sites.recording.values[site.chain.conv].shape[1],
+    )
     project = site.dense and channels[0] != channels[1] and not site.shortcut
     detail: dict[str, Any] = {"channels": list(channels), "points": [point.op for point in site.points]}
     merge = site.chain.end(options.merge)

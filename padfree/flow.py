@@ -237,7 +237,9 @@ class Flow:
             if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS or not known.issuperset(op.inputs):
                 return False
             known.update(op.outputs)
-        same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
+        same = (
+            len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
+        )
         return same and any(plain_kind(op) in NONLINEAR for op in ops)
 
     def feeds_only_attention(self, value: int) -> bool:
@@ -287,7 +289,16 @@ class Flow:
         """Whether `value` is the network's input up to norms, scales, pads and views."""
         while (op := self.producer(value)) is not None:
             kind = plain_kind(op)
-            shaping = kind in {"constant_pad_nd", "stack", "select", "slice", "unbind", "index", "cat", "copy"}
+            shaping = kind in {
+                "constant_pad_nd",
+                "stack",
+                "select",
+                "slice",
+                "unbind",
+                "index",
+                "cat",
+                "copy",
+            }
             if not (op.kind in NORMS or kind in VIEWS or kind in AFFINE or shaping) or not op.inputs:
                 return False
             value = op.inputs[0]
@@ -323,7 +334,8 @@ class Flow:
         if op is None or op.index not in call.ops:
             return False
         return op.call == call.index or any(
-            inner.parent == call.index and value in inner.outputs for inner in self.recording.ancestors(op.call)
+            inner.parent == call.index and value in inner.outputs
+            for inner in self.recording.ancestors(op.call)
         )
 
     def blocks(self, inside: int, *values: int) -> list[Call]:

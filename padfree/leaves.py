@@ -33,7 +33,9 @@ _NAMES: dict[type[nn.Module], Names] = {
 }
 
 
-def plain_forward(recording: Recording, call: Call, values: dict[str, Any]) -> tuple[str, Names, dict[str, Any]]:
+def plain_forward(
+    recording: Recording, call: Call, values: dict[str, Any]
+) -> tuple[str, Names, dict[str, Any]]:
     """How the module that `call` calls does the same without its own padding, once `values` are set.
 
     Returns:
@@ -50,7 +52,9 @@ def plain_forward(recording: Recording, call: Call, values: dict[str, Any]) -> t
     for base, source in _FORWARDS.items():
         if isinstance(module, base) and _kinds(module, call, values, base) == wanted:
             return source, _NAMES[base], {}
-    raise Refusal(f"`{call.path}` ({type(module).__name__}) pads inside its own forward, which could not be switched off")
+    raise Refusal(
+        f"`{call.path}` ({type(module).__name__}) pads inside its own forward, which could not be switched off"
+    )
 
 
 def _is_pad(op: Op) -> bool:

@@ -32,7 +32,12 @@ class Group:
 
 
 def find(
-    sites: Sites, all_rules: tuple[Rule, ...], selected: tuple[Rule, ...], options: Options, include: Patterns, exclude: Patterns
+    sites: Sites,
+    all_rules: tuple[Rule, ...],
+    selected: tuple[Rule, ...],
+    options: Options,
+    include: Patterns,
+    exclude: Patterns,
 ) -> tuple[list[Group], list[Skip]]:
     """Matches of the selected rules by domain, and the places left alone.
 
@@ -58,7 +63,9 @@ def find(
         together = [match for match in found if match.domain == domain]
         for group, why in _whole(sites, domain, together, skips, in_use, wanted):
             if why:
-                skips += [Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use]
+                skips += [
+                    Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use
+                ]
             else:
                 groups.append(Group(domain, tuple(group)))
     return groups, skips
@@ -70,7 +77,10 @@ def _whole(
     """The domain's matches with "" if it can be converted whole, or with the reason it cannot."""
     if domain < 0:
         parts = [[match] for match in together]
-        return [(part, "" if part[0].name in wanted and part[0].rule in in_use else _left(part[0], in_use)) for part in parts]
+        return [
+            (part, "" if part[0].name in wanted and part[0].rule in in_use else _left(part[0], in_use))
+            for part in parts
+        ]
     kept = [match for match in together if not match.detail.get("kept")]
     if not any(match.rule != "projection" for match in kept):
         mains = [skip for skip in skips if skip.domain == domain]
@@ -105,7 +115,11 @@ def _shrinks_alike(sites: Sites, op: Op) -> bool:
 
 
 def _strides(op: Op) -> tuple[int, ...]:
-    stride = op.args[0][3] if op.kind == "convolution" else (op.args[0][2] if len(op.args[0]) > 2 else op.args[0][1])
+    stride = (
+        op.args[0][3]
+        if op.kind == "convolution"
+        else (op.args[0][2] if len(op.args[0]) > 2 else op.args[0][1])
+    )
     return tuple(stride) or (2,)
 
 
@@ -116,7 +130,13 @@ def _entry_reason(sites: Sites, op: Op, skips: list[Skip]) -> tuple[str, str]:
             return path, skip.reason
     flow = sites.flow
     source, out = flow.size(data_input(op)), flow.size(op.outputs[0])
-    return path, f"{op.kind} maps {source[0]}x{source[1]} to {out[0]}x{out[1]}"
+    conv = sites.convs.get(op.index)
+    what = (
+        op.kind
+        if conv is None
+        else f"a {conv.kernel[0]}x{conv.kernel[1]} conv of stride {conv.stride[0]}x{conv.stride[1]}"
+    )
+    return path, f"{what} maps {source[0]}x{source[1]} to {out[0]}x{out[1]}"
 
 
 def _chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:
@@ -164,7 +184,9 @@ def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:
     return sizes
 
 
-def _after(sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int], converted: bool) -> tuple[int, int]:
+def _after(
+    sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int], converted: bool
+) -> tuple[int, int]:
     if converted:
         return (padfree_size(before[0]), padfree_size(before[1]))
     stride = _strides(op)[0]

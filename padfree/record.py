@@ -170,7 +170,12 @@ class Recorder(TorchDispatchMode):
         result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
-        if tensors and isinstance(result, torch.Tensor) and not func._schema.is_mutable and _key(result) == _key(tensors[0]):
+        if (
+            tensors
+            and isinstance(result, torch.Tensor)
+            and not func._schema.is_mutable
+            and _key(result) == _key(tensors[0])
+        ):
             return result  # a view of the same thing: the same value
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
         outputs: list[torch.Tensor] = []
@@ -182,7 +187,9 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-_UNARY = frozenset({"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"})
+_UNARY = frozenset(
+    {"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"}
+)
 
 
 def _quick_meta(func: Any, args: Any) -> Any:
@@ -250,7 +257,9 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     size: tuple[int, ...] = (3, 224, 224)
     for name in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, name, None)
-        found = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        found = (
+            config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+        )
         if found:
             size = tuple(int(side) for side in found)
             break
@@ -268,7 +277,11 @@ def check_input_size(size: Any) -> tuple[int, ...]:
     """
     try:
         checked = tuple(int(side) for side in size)
-        if len(checked) not in (3, 4) or min(checked) < 1 or any(a != b for a, b in zip(checked, size, strict=True)):
+        if (
+            len(checked) not in (3, 4)
+            or min(checked) < 1
+            or any(a != b for a, b in zip(checked, size, strict=True))
+        ):
             raise ValueError
     except (TypeError, ValueError):
         raise PadfreeError(f"input_size is {size!r}; it takes (C, H, W), three positive integers") from None

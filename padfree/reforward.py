@@ -78,7 +78,7 @@ def new_child_names(module: nn.Module) -> list[str]:
     return [name for name in module._modules if name.startswith(_NEW)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
 
@@ -135,7 +135,7 @@ def rebuild(base: type[nn.Module], source: str, names: Names, locked: Locked) ->
 
 
 def _locking_setattr(base: type[nn.Module], locked: dict[str, Any]) -> Any:
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
         if name in locked and not _same(locked[name], value):
             raise LockedStateError(
                 f"{base.__name__}.{name} is baked into the converted forward as {locked[name]!r}; "
@@ -165,15 +165,17 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
     """A rewritten Sequential shows only its old children, and refuses to be re-arranged."""
 
     def shown(self: nn.Module) -> list[nn.Module]:
-        return [child for name, child in self._modules.items() if not name.startswith(_NEW) and child is not None]
+        return [
+            child for name, child in self._modules.items() if not name.startswith(_NEW) and child is not None
+        ]
 
-    def __len__(self: nn.Module) -> int:  # noqa: N807
+    def __len__(self: nn.Module) -> int:
         return len(shown(self))
 
-    def __iter__(self: nn.Module) -> Iterator[nn.Module]:  # noqa: N807
+    def __iter__(self: nn.Module) -> Iterator[nn.Module]:
         return iter(shown(self))
 
-    def __getitem__(self: nn.Module, index: Any) -> nn.Module:  # noqa: N807
+    def __getitem__(self: nn.Module, index: Any) -> nn.Module:
         if isinstance(index, slice):
             raise PadfreeError(
                 "a slice of a converted Sequential would lose its padding-free shortcut; slice the original, "
@@ -182,7 +184,17 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
         return shown(self)[index]
 
     members: dict[str, Any] = {"__len__": __len__, "__iter__": __iter__, "__getitem__": __getitem__}
-    for name in ("append", "insert", "extend", "pop", "__delitem__", "__add__", "__iadd__", "__mul__", "__imul__"):
+    for name in (
+        "append",
+        "insert",
+        "extend",
+        "pop",
+        "__delitem__",
+        "__add__",
+        "__iadd__",
+        "__mul__",
+        "__imul__",
+    ):
         if hasattr(base, name):
             members[name] = _fixed(name)
     return members

@@ -32,7 +32,15 @@ class Editor(Protocol):
         """Turn a parallel pool into its 3x3 stride-2 form without padding."""
 
     def shortcut(
-        self, block: str, source: int, anchor: int, merge: int, kernel: int, padding: int, repeat: int, project: bool
+        self,
+        block: str,
+        source: int,
+        anchor: int,
+        merge: int,
+        kernel: int,
+        padding: int,
+        repeat: int,
+        project: bool,
     ) -> None:
         """Add max-pool(source), taken just before operation `anchor`, to `merge`."""
 
@@ -128,5 +136,7 @@ def rules(names: Iterable[str] | None = None) -> tuple[Rule, ...]:
     wanted: tuple[Any, ...] = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in wanted if name not in _RULES]
     if unknown or not wanted:
-        raise PadfreeError(f"unknown rule {', '.join(map(repr, unknown)) or '(none given)'}; there are {', '.join(_RULES)}")
+        raise PadfreeError(
+            f"unknown rule {', '.join(map(repr, unknown)) or '(none given)'}; there are {', '.join(_RULES)}"
+        )
     return tuple(_RULES[name] for name in dict.fromkeys(wanted))

@@ -252,7 +252,13 @@ class Sites:
             value = self.flow.linear_source(source)
             point = self.conv_making(value)
             alone = point is not None and len(self.flow.consumers(value)) == 1
-            if point is None or not alone or not point.pointwise or point.stride != (1, 1) or point.groups != 1:
+            if (
+                point is None
+                or not alone
+                or not point.pointwise
+                or point.stride != (1, 1)
+                or point.groups != 1
+            ):
                 return tuple(pair)
             pair.insert(0, point)
             source = point.source
@@ -297,8 +303,6 @@ class Sites:
     def is_shortcut_op(self, op: Op) -> bool:
         """`_is_shortcut` for a pool."""
         return self._is_shortcut(data_input(op), op.outputs[0])
-
-
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -118,7 +118,9 @@ def _rebind(value: Any, copied: dict[int, nn.Module]) -> Any:
             changed = True
     if not changed:
         return value
-    rebound = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    rebound = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+    )
     rebound.__kwdefaults__ = value.__kwdefaults__
     rebound.__dict__.update(value.__dict__)
     rebound.__doc__ = value.__doc__

@@ -5,9 +5,8 @@ operations on module paths, which `perform` carries out on a model, all of them 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +162,9 @@ class Surgeon:
     def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
         recording = self._recording
         if recording.ops[pad].call == recording.ops[op].call:
-            source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
+            source_text, names, switches = plain_forward(
+                recording, recording.calls[recording.ops[op].call], values
+            )
             values.update(switches)
             if source_text:
                 self._operations.append(Reforward(path, source_text, names, ()))
@@ -188,7 +189,9 @@ class Surgeon:
             values: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 0, "ceil_mode": False}
             inside = before is not None and before.kind == "constant_pad_nd" and before.call == recorded.call
             if inside or type(module) not in (nn.AvgPool2d, nn.MaxPool2d):
-                source_text, names, switches = plain_forward(recording, recording.calls[recorded.call], values)
+                source_text, names, switches = plain_forward(
+                    recording, recording.calls[recorded.call], values
+                )
                 values.update(switches)
                 if source_text:
                     self._operations.append(Reforward(path, source_text, names, ()))
@@ -201,7 +204,15 @@ class Surgeon:
         edit.drop(node)
 
     def shortcut(  # noqa: D102
-        self, block: str, source: int, anchor: int, merge: int, kernel: int, padding: int, repeat: int, project: bool
+        self,
+        block: str,
+        source: int,
+        anchor: int,
+        merge: int,
+        kernel: int,
+        padding: int,
+        repeat: int,
+        project: bool,
     ) -> None:
         edit = self._block(block)
         at, read = edit.anchor(anchor), edit.node(source)
@@ -321,7 +332,12 @@ def _set_attributes(model: nn.Module, operation: SetAttributes, undo: Undo) -> N
 
 def _shaped_like(value: Any, old: Any) -> Any:
     """(p, p) as the kind of thing that stood there: an int stays an int."""
-    if isinstance(value, tuple) and len(set(value)) == 1 and isinstance(old, int) and not isinstance(old, bool):
+    if (
+        isinstance(value, tuple)
+        and len(set(value)) == 1
+        and isinstance(old, int)
+        and not isinstance(old, bool)
+    ):
         return value[0]
     if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
         return type(old)([value] * len(old))

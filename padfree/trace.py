@@ -50,7 +50,11 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
         Refusal: its forward cannot be replaced by a graph, with the reason.
     """
     module = recording.modules[call.path]
-    where = f"`{call.path}` ({type(module).__name__})" if call.path else f"the model itself ({type(module).__name__})"
+    where = (
+        f"`{call.path}` ({type(module).__name__})"
+        if call.path
+        else f"the model itself ({type(module).__name__})"
+    )
     _check_kind(module, where)
     spy = _Spy(module)
     eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
@@ -76,7 +80,9 @@ def _check_kind(module: nn.Module, where: str) -> None:
     if isinstance(module, fx.GraphModule):
         raise Refusal(f"{where} is a torch.fx GraphModule; convert the model first, then trace it")
     if "forward" in module.__dict__:
-        raise Refusal(f"{where} has a forward of its own on the instance, which an edited class cannot replace")
+        raise Refusal(
+            f"{where} has a forward of its own on the instance, which an edited class cannot replace"
+        )
 
 
 class _Spy:
@@ -89,7 +95,7 @@ class _Spy:
         base = type(module)
         plain = set(nn.Module().__dict__)
 
-        def __getattribute__(this: Any, name: str) -> Any:  # noqa: N807
+        def __getattribute__(this: Any, name: str) -> Any:
             value = base.__getattribute__(this, name)
             if name not in plain and not (name.startswith("__") and name.endswith("__")):
                 if name in object.__getattribute__(this, "__dict__"):
@@ -98,13 +104,13 @@ class _Spy:
                     self.methods.add(name)
             return value
 
-        def __getattr__(this: Any, name: str) -> Any:  # noqa: N807
+        def __getattr__(this: Any, name: str) -> Any:
             value = base.__getattr__(this, name)
             if value is None:  # an absent child, parameter or buffer: its absence is baked
                 self.reads.setdefault(name, None)
             return value
 
-        def __setattr__(this: Any, name: str, value: Any) -> None:  # noqa: N807
+        def __setattr__(this: Any, name: str, value: Any) -> None:
             if name != "training":
                 self.writes.add(name)
             base.__setattr__(this, name, value)
@@ -131,7 +137,9 @@ class _Spy:
 
     def locked(self) -> Locked:
         """What the forward read, as (name, value); values that do not compare simply are opaque."""
-        return tuple(sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items()))
+        return tuple(
+            sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items())
+        )
 
 
 def _is_simple(value: Any) -> bool:
@@ -199,11 +207,14 @@ def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     tracer.arguments = _bind(stand_in, call, where)
     spy.writes.clear()
     try:
-        return tracer.trace(stand_in)
+        graph = tracer.trace(stand_in)
     except Exception as error:
         raise Refusal(
             f"the forward of {where} cannot be traced: {type(error).__name__}: {first_line(error)}"
         ) from error
+    for node in graph.nodes:
+        node.type = None  # annotations may name what only the block's own file imports
+    return graph
 
 
 def _bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -278,7 +289,9 @@ def _link(
     if [op.kind for op in recorded] != [op.kind for op in ops_after]:
         raise Refusal(f"the forward of {where} does not do the same twice")
     to_global = _value_table(call, recorded, ops_after)
-    nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
+    nodes = {
+        to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global
+    }
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
     return nodes, anchors
 
@@ -320,7 +333,9 @@ def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> t
     before = [list(item) for item in lists]
     with torch.random.fork_rng(devices=[]), recorder:
         type(module).forward(module, *args, **kwargs)
-    if any(a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)):
+    if any(
+        a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)
+    ):
         raise Refusal(f"the forward of `{type(module).__name__}` changes a list it is given")
     return recorder.values, recorder.ops
 

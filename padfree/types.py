@@ -132,7 +132,7 @@ class PlanData:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PlanData":
+    def from_dict(cls, data: Mapping[str, Any]) -> PlanData:
         """Read what `to_dict` wrote.
 
         Raises:

@@ -1,5 +1,6 @@
 """Whether a converted copy still is the network it was: it runs, keeps its keys and its outputs' shapes,
-and pads, resizes and rolls no more than before."""
+and pads, resizes and rolls no more than before.
+"""
 
 from __future__ import annotations
 

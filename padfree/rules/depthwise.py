@@ -18,8 +18,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import nn
+
 from padfree.downsampling import rewrite_site, site_matches, strided
-from padfree.rule import Rule, register
+from padfree.rule import Example, Rule, register
+from padfree.rules._toys import Joined, KeyAttention, Padded, Residual, SplitJoin, Twice, depthwise, net, unit
 from padfree.sites import Sites
 from padfree.types import Match, Options, Skip
 
@@ -33,4 +36,31 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
             yield site_matches(sites, options, NAME, conv, site)
 
 
-RULE = register(Rule(NAME, match, rewrite_site))
+SIZE = (3, 32, 32)
+EXAMPLES = (
+    Example(lambda: net(depthwise(8)), SIZE, ("1.0",)),
+    Example(lambda: net(depthwise(8, 5), depthwise(8, 7, act=False)), SIZE, ("1.0", "2.0")),
+    Example(lambda: net(depthwise(8, dilation=2, padding=2)), SIZE, ("1.0",)),
+    Example(lambda: net(depthwise(8, multiplier=2), out=16), SIZE, ("1.0",)),
+    Example(lambda: net(SplitJoin(8)), SIZE, ("1.large", "1.small")),
+    Example(lambda: net(Padded(8)), SIZE, ("1.conv",)),
+    Example(
+        lambda: net(Joined(depthwise(8, act=False), depthwise(8, 1, act=False), out=8, total=True)),
+        SIZE,
+        ("1.branches.0.0",),
+    ),
+    Example(
+        lambda: net(Residual(nn.Sequential(depthwise(8), unit(8, 8, 1)), depthwise(8, act=False))),
+        SIZE,
+        ("1.main.0.0", "1.shortcut.0"),
+    ),
+)
+COUNTEREXAMPLES = (
+    Example(lambda: net(depthwise(8, padding=0)), SIZE, ("padding-free already",)),
+    Example(lambda: net(depthwise(8, padding_mode="reflect")), SIZE, ("reflection_pad2d",)),
+    Example(lambda: net(depthwise(8, stride=4)), SIZE, ("stride is 4x4",)),
+    Example(lambda: net(KeyAttention(8)), SIZE, ("keys and values",)),
+    Example(lambda: net(Twice(depthwise(8))), SIZE, ("called 2 times",)),
+    Example(lambda: net(Residual(depthwise(8), unit(8, 8, 2, 2, padding=0))), SIZE, ("1.shortcut.0", "2x2")),
+)
+RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES))

@@ -25,7 +25,8 @@ from padfree.errors import Refusal
 from padfree.flow import AVG_POOLS, MAX_POOLS, NORMS, data_input
 from padfree.geometry import padfree_size
 from padfree.record import Op
-from padfree.rule import Editor, Rule, register
+from padfree.rule import Editor, Example, Rule, register
+from padfree.rules._toys import Residual, net, unit
 from padfree.sites import Conv, Sites
 from padfree.specs import Spec
 from padfree.types import Match, Options, Skip
@@ -94,7 +95,12 @@ def _pool(sites: Sites, op: Op) -> Match | Skip:
         return _match(sites, op, path, path, {"kept": 1})
     if stride != (2, 2) or kernel not in ((2, 2), (3, 3)) or dilation != (1, 1):
         size = f"{kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]}"
-        return Skip(path, f"its {size} pool has no padding-free form; a 2x2 or 3x3 window of stride 2x2 has", NAME, domain)
+        return Skip(
+            path,
+            f"its {size} pool has no padding-free form; a 2x2 or 3x3 window of stride 2x2 has",
+            NAME,
+            domain,
+        )
     if len(recording.calls_of[path]) != 1:
         return Skip(path, "its module is called more than once in one forward", NAME, domain)
     return _match(sites, op, path, path, {})
@@ -114,7 +120,16 @@ def _match(sites: Sites, op: Op, name: str, block: str, detail: dict[str, Any]) 
     height, width = flow.size(source)
     after = (padfree_size(height), padfree_size(width))
     out = op.outputs[0]
-    return Match(NAME, name, block, flow.domain(out), (height, width), flow.size(out), after, {"op": op.index, **detail})
+    return Match(
+        NAME,
+        name,
+        block,
+        flow.domain(out),
+        (height, width),
+        flow.size(out),
+        after,
+        {"op": op.index, **detail},
+    )
 
 
 def _norm_near(sites: Sites, op: int) -> str:
@@ -148,11 +163,34 @@ def rewrite(match: Match, edit: Editor) -> None:
         edit.pooled(match.block, source, op)
     else:
         channels = (conv.in_channels, conv.in_channels)
-        edit.before(match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"]))
+        edit.before(
+            match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"])
+        )
         if "own_norm" in detail and detail["norm"]:
             channels = (conv.out_channels, conv.out_channels)
-            edit.after(match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"]))
+            edit.after(
+                match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"])
+            )
     edit.conv(conv, 0, stride=1)
 
 
-RULE = register(Rule(NAME, match, rewrite))
+SIZE = (3, 32, 32)
+
+
+def _beside(*shortcut: nn.Module, out: int = 8) -> nn.Sequential:
+    return net(Residual(unit(8, out, stride=2), nn.Sequential(*shortcut)), out=out)
+
+
+EXAMPLES = (
+    Example(lambda: _beside(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16), out=16), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",), Options(projection="dense")),
+    Example(lambda: _beside(nn.AvgPool2d(2, 2), nn.Conv2d(8, 8, 1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _beside(nn.AvgPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _beside(nn.MaxPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+)
+COUNTEREXAMPLES = (
+    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2), nn.ReLU()), SIZE, ("computes more than a shape",)),
+    Example(lambda: _beside(nn.AvgPool2d(4, 2, padding=1)), SIZE, ("4x4 stride 2x2",)),
+)
+RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))

@@ -18,12 +18,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from padfree.downsampling import block_for
 from padfree.errors import Refusal
 from padfree.flow import MAX_POOLS, NORMS, Chain, plain_kind
 from padfree.layers import StemTail
 from padfree.record import Op
-from padfree.rule import Editor, Rule, register
+from padfree.rule import Editor, Example, Rule, register
+from padfree.rules._toys import Joined, Residual, depthwise, net, unit
 from padfree.sites import Conv, Site, Sites
 from padfree.specs import FUNCTIONS, Spec
 from padfree.types import Match, Options, Skip
@@ -112,7 +115,9 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     if place and _replaceable(sites, place):
         detail["place"] = place
     elif pool is not None:
-        raise Refusal("the max-pool after it is a function call, or runs more than once, and cannot be absorbed")
+        raise Refusal(
+            "the max-pool after it is a function call, or runs more than once, and cannot be absorbed"
+        )
     else:
         call = block_for(sites, conv.op, value, owner=conv.path, child=True)
         block = call.path
@@ -132,7 +137,15 @@ def _absorbed(sites: Sites, end: int) -> Op | None:
 
 
 def _both(value: Any) -> tuple[int, ...]:
-    return () if value is None else (value, value) if isinstance(value, int) else (value[0], value[-1]) if value else ()
+    return (
+        ()
+        if value is None
+        else (value, value)
+        if isinstance(value, int)
+        else (value[0], value[-1])
+        if value
+        else ()
+    )
 
 
 def _first(value: Any) -> int:
@@ -187,4 +200,36 @@ def rewrite(match: Match, edit: Editor) -> None:
         edit.after(match.block, detail["value"], spec)
 
 
-RULE = register(Rule(NAME, match, rewrite))
+SIZE = (3, 32, 32)
+
+
+def _preact() -> nn.Sequential:
+    body = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), unit(8, 8, stride=2))
+    return net(Residual(body, unit(8, 8, 1, 2, act=False)), stem=nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)))
+
+
+EXAMPLES = (
+    Example(lambda: net(depthwise(8)), SIZE, ("0.0",)),
+    Example(
+        lambda: net(stem=nn.Sequential(unit(3, 8, 7, 2), nn.MaxPool2d(3, 2, padding=1))), SIZE, ("0.0.0",)
+    ),
+    Example(
+        lambda: net(depthwise(8), stem=unit(3, 8, stride=2)), SIZE, ("0.0",), Options(stem_residual=True)
+    ),
+    Example(_preact, SIZE, ("0.0",)),
+    Example(
+        lambda: net(stem=Joined(unit(3, 8, 3, 2, act=False), unit(3, 8, 1, 2, act=False), out=8, total=True)),
+        SIZE,
+        ("0.branches.0.0",),
+    ),
+)
+COUNTEREXAMPLES = (
+    Example(lambda: net(depthwise(8), stem=unit(3, 8, 4, 4, padding=0)), SIZE, ("patchify stem",)),
+    Example(lambda: net(unit(8, 8)), SIZE, ("no odd stride-2 convolution",)),
+    Example(
+        lambda: net(depthwise(16), stem=Joined(unit(3, 8), unit(3, 8), out=16), out=16),
+        SIZE,
+        ("2 separate convs read the input",),
+    ),
+)
+RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))
