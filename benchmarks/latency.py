@@ -1,0 +1,216 @@
+"""Is the padding-free network as fast as the one it replaces?
+
+    python -m benchmarks.latency --json latency.json > latency.md
+    python -m benchmarks.latency --networks ghostnet --sides 32 --runtimes eager onnxruntime
+
+Every network is built as the original and as its padding-free form, which is also run with plain max-pools
+("naive"); all three take turns in one process, one thread. The table gives ratios, run by run; the JSON also the
+milliseconds. A network, side or runtime that is not to be had here is named with its reason and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import padfree
+from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
+from padfree import pooling
+
+PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
+NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
+SIDES = (32, 224)
+BATCHES = {32: (1, 32), 224: (1, 8)}
+RUNTIMES = ("eager", "eager channels_last", "compile", "onnxruntime")
+GOALS = {  # padfree / original, geometric mean over the paper's networks
+    "eager": {32: 0.92, 224: 1.08},
+    "eager channels_last": {32: 0.90, 224: 1.03},
+    "onnxruntime": {32: 0.90, 224: 0.98},
+    "compile": {32: 0.90, 224: 0.98},
+}
+Call = Callable[[], object]
+
+
+class NotHere(Exception):
+    """This combination cannot be measured on this machine; says why."""
+
+
+def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
+    """The original and its padding-free form, both in eval mode.
+
+    Raises:
+        NotHere: the network does not exist at that side, or needs a package that is missing.
+    """
+    if name in ("efficientnet_b0", "resnet50"):
+        if side < 61:
+            raise NotHere("its padding-free form halves six times and needs 61 pixels")
+        import timm
+
+        original = timm.create_model(name)
+        return original.eval(), padfree.convert(original, input_size=(3, side, side)).eval()
+    recipe = {32: "cifar100-second/", 224: "vegfru-292/"}[side] + name
+    if name == "resnet20":
+        if side != 32:
+            raise NotHere("it is a CIFAR network")
+        recipe = "cifar100-first/resnet20"
+    try:
+        from padfree import recipes
+
+        found = recipes.load(recipe)
+        return found.build("original", seed=0).eval(), found.build("padfree", seed=0).eval()
+    except (ImportError, padfree.PadfreeError) as error:
+        raise NotHere(f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def plain_pools() -> Iterator[None]:
+    """Every pool of a converted network as `nn.MaxPool2d` would compute it."""
+    fast = pooling._pool
+    pooling._pool = lambda x, kernel, stride, padding: F.max_pool2d(x, kernel, stride, padding)
+    try:
+        yield
+    finally:
+        pooling._pool = fast
+
+
+def candidates(original: nn.Module, converted: nn.Module, x: torch.Tensor, runtime: str) -> dict[str, Call]:
+    """The variants of one network as functions to be timed."""
+    if runtime.startswith("eager"):
+        layout = torch.channels_last if runtime.endswith("channels_last") else torch.contiguous_format
+        first, second = (model.to(memory_format=layout) for model in (original, converted))
+        image = x.contiguous(memory_format=layout)
+
+        def naive() -> None:
+            with plain_pools():
+                second(image)
+
+        return {"original": lambda: first(image), "padfree": lambda: second(image), "naive": naive}
+    make = _compiled if runtime == "compile" else _session
+    return {name: make(model, x) for name, model in (("original", original), ("padfree", converted))}
+
+
+def _compiled(model: nn.Module, x: torch.Tensor) -> Call:
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=False)
+    try:
+        compiled(x)
+    except Exception as error:  # no compiler, or a network it cannot compile
+        raise NotHere(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return lambda: compiled(x)
+
+
+def _session(model: nn.Module, x: torch.Tensor) -> Call:
+    try:
+        import onnxruntime
+
+        from padfree.export import to_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = to_onnx(model, Path(folder) / "model.onnx", tuple(x.shape[1:]), dynamic_sides=False)
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except (ImportError, padfree.PadfreeError) as error:
+        raise NotHere(str(error)) from error
+    image = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, image)
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for every combination asked for."""
+    rows: list[dict[str, Any]] = []
+    for side in arguments.sides:
+        for name in arguments.networks:
+            for runtime in arguments.runtimes:
+                for batch in arguments.batches or BATCHES.get(side, (1,)):
+                    row: dict[str, Any] = {"network": name, "side": side, "batch": batch, "runtime": runtime}
+                    try:
+                        models = build(name, side)  # anew: a runtime may leave another layout behind
+                        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+                        calls = candidates(*models, x, runtime)
+                        with torch.inference_mode(runtime.startswith("eager")), torch.no_grad():
+                            timings = interleaved(calls, arguments.rounds, arguments.seconds)
+                    except NotHere as reason:
+                        row["skipped"] = str(reason)
+                        progress(f"{name} {side} {runtime}: left out: {reason}")
+                        rows.append(row)
+                        break
+                    row["ms"] = milliseconds(timings)
+                    row["padfree/original"] = ratio(timings, "padfree", "original")
+                    if "naive" in timings:
+                        row["padfree/naive"] = ratio(timings, "padfree", "naive")
+                        row["naive/original"] = ratio(timings, "naive", "original")
+                    rows.append(row)
+                    progress(f"{name} {side} x{batch} {runtime}: {row['padfree/original']['median']:.3f}")
+                    write({"machine": machine(), "rows": rows}, arguments.json)
+    return rows
+
+
+def means(rows: Iterable[dict[str, Any]], key: str) -> dict[tuple[str, int, int], tuple[float, int]]:
+    """Geometric mean of a ratio over the paper's networks, and how many there were."""
+    groups: dict[tuple[str, int, int], list[float]] = {}
+    for row in rows:
+        if key in row and row["network"] in PAPER:
+            groups.setdefault((row["runtime"], row["side"], row["batch"]), []).append(row[key]["median"])
+    return {where: (math.exp(sum(map(math.log, g)) / len(g)), len(g)) for where, g in groups.items()}
+
+
+def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The Markdown report."""
+    lines = [f"Ratios of latency on {title(about)}; median of runs taken in turns (quartiles).", ""]
+    lines += [
+        "| network | side | batch | runtime | padfree / original | padfree / naive |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        start = f"| {row['network']} | {row['side']} | {row['batch']} | {row['runtime']} "
+        if "skipped" in row:
+            lines.append(f"{start}| left out: {row['skipped']} | |")
+        else:
+            lines.append(f"{start}| {_cell(row['padfree/original'])} | {_cell(row.get('padfree/naive'))} |")
+    lines += ["", "Geometric means over the paper's networks:", ""]
+    lines += ["| runtime | side | batch | networks | padfree / original | goal | padfree / naive |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    naive = means(rows, "padfree/naive")
+    for (runtime, side, batch), (mean, count) in means(rows, "padfree/original").items():
+        goal = GOALS.get(runtime, {}).get(side, "")
+        other = f"{naive[runtime, side, batch][0]:.3f}" if (runtime, side, batch) in naive else "same graph"
+        lines.append(f"| {runtime} | {side} | {batch} | {count} | {mean:.3f} | {goal} | {other} |")
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, float] | None) -> str:
+    return "same graph" if value is None else f"{value['median']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--sides", nargs="+", type=int, choices=SIDES, default=SIDES)
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 and 32 at 32 pixels, 1 and 8 at 224")
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.1, help="about the length of one turn")
+    parser.add_argument("--json", metavar="FILE", help="every figure, milliseconds included")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = measure(arguments)
+    about = machine()
+    write({"machine": about, "rows": rows}, arguments.json)
+    print(table(rows, about))
+
+
+if __name__ == "__main__":
+    main()
