@@ -67,25 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     built.add_argument("--checkpoint", metavar="FILE", help="unconverted weights: safetensors or torch")
     rewrite = parser.add_argument_group("what is converted, and how")
     rewrite.add_argument("--rules", nargs="+", metavar="RULE", help="of depthwise dense projection stem")
-    rewrite.add_argument(
-        "--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these"
-    )
+    rewrite.add_argument("--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these")
     rewrite.add_argument("--exclude", nargs="+", action="extend", metavar="PATTERN", help="leave these alone")
     defaults = Options()
     rewrite.add_argument("--merge", default=defaults.merge, help="activation (default), norm or conv")
     rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
     rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
-    rewrite.add_argument(
-        "--stem-residual", action="store_true", help="add the stem's output back after its tail"
-    )
+    rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
-    result.add_argument(
-        "--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)"
-    )
+    result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
     return parser
 
 

@@ -6,7 +6,7 @@ record -> match -> plan -> surgery -> verify, first on weightless copies, then o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,8 @@ def convert(
     Args:
         model: a network that takes image batches (N, C, H, W).
         rules: names of the rules to use; the default is all of them.
-        include, exclude: module paths, `fnmatch` patterns or "re:" patterns of places to convert or leave.
+        include: module paths, `fnmatch` patterns or "re:" patterns of the places to convert; default: all.
+        exclude: the same for places to leave alone.
         options: how the rules rewrite.
         input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
         inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
@@ -130,9 +131,7 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.jit.ScriptModule):
         raise PadfreeError("the model is TorchScript; convert the Python model, then script or trace it")
     if isinstance(model, torch.fx.GraphModule):
-        raise PadfreeError(
-            "the model is a torch.fx GraphModule; convert the model it was traced from, then trace"
-        )
+        raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
     for name, module in model.named_modules():
         if hasattr(module, "_packed_params") or type(module).__module__.startswith(
             ("torch.ao.nn.quantized", "torch.nn.quantized")
@@ -164,18 +163,14 @@ def _plan(
     return made, operations
 
 
-def _matches(
-    sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]
-) -> tuple[Match, ...]:
+def _matches(sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]) -> tuple[Match, ...]:
     sizes = sizes_after(sites, groups)
     return (*with_sizes(groups, sizes, sites), *_following(sites, groups, options, selected))
 
 
 def _following(sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]) -> list[Match]:
     sizes = sizes_after(sites, groups)
-    return [
-        match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)
-    ]
+    return [match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)]
 
 
 def _settle(
@@ -217,17 +212,16 @@ def _try(
         return (), ""
     try:
         operations = _operations(sites, groups, options, selected)
-        resized = _verify(sites.recording, operations, options)
+        _verify(sites.recording, operations, options)
     except Refusal as refusal:
         return None, str(refusal)
-    del resized
     return operations, ""
 
 
-def _verify(recording: Recording, operations: tuple[Operation, ...], options: Options) -> Recording:
+def _verify(recording: Recording, operations: tuple[Operation, ...], options: Options) -> None:
     trial = perform(copy.deepcopy(recording.model), operations)
     resized = [operation.path for operation in operations if hasattr(operation, "shape")]
-    return verify(recording, trial, allow_resize=options.allow_resize, resized=resized)
+    verify(recording, trial, allow_resize=options.allow_resize, resized=resized)
 
 
 def _operations(
@@ -281,8 +275,3 @@ def _nothing(model: nn.Module, made: Plan) -> str:
     more = f" (and {len(made.skips) - 6} more)" if len(made.skips) > 6 else ""
     seen = seen or "no convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
     return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"
-
-
-def as_mapping(made: PlanData) -> Mapping[str, Any]:
-    """The plan as a JSON-ready mapping."""
-    return made.to_dict()

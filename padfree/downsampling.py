@@ -21,12 +21,7 @@ def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
     """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
     first = {conv.op for conv in sites.first}
     for conv in sites.convs.values():
-        if (
-            max(conv.stride) > 1
-            and max(conv.kernel) >= 3
-            and conv.op not in first
-            and sites.flow.is_map(conv.source)
-        ):
+        if max(conv.stride) > 1 and max(conv.kernel) >= 3 and conv.op not in first and sites.flow.is_map(conv.source):
             site = sites.site(conv)
             if not any(point.op in first for point in site.paired):
                 yield conv, site
@@ -122,7 +117,7 @@ def rewrite_site(match: Match, edit: Editor) -> None:
     conv = edit.sites.convs[detail["op"]]
     if "merge" in detail:
         edit.shortcut(
-            match.block, detail["source"], detail["anchor"], detail["merge"], *detail["pool"],
+            match.block, detail["source"], detail["anchor"], detail["merge"], detail["pool"][0], detail["pool"][1],
             detail["repeat"], bool(detail["project"]),
         )  # fmt: skip
     for op in detail.get("points", ()):

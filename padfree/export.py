@@ -75,9 +75,7 @@ def to_onnx(
             _name_axes(onnx_program, dynamic_sides)
     except Exception as error:
         place = _module_of_node(program, model, error)
-        raise PadfreeError(
-            f"{type(model).__name__} cannot be written as ONNX: {place}{_cause(error)}"
-        ) from error
+        raise PadfreeError(f"{type(model).__name__} cannot be written as ONNX: {place}{_cause(error)}") from error
     with replacing(target) as temporary:
         try:
             onnx_program.save(str(temporary), external_data=False)
@@ -134,9 +132,7 @@ def _program(
         raise PadfreeError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     training = next((name or type(model).__name__ for name, m in model.named_modules() if m.training), None)
     if training is not None:
-        raise PadfreeError(
-            f"`{training}` is in training mode; export writes inference: call model.eval() first"
-        )
+        raise PadfreeError(f"`{training}` is in training mode; export writes inference: call model.eval() first")
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     example = torch.rand((_TRACED_BATCH, *size), device=tensor.device).to(tensor.dtype)

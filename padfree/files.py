@@ -248,9 +248,7 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
     except FileError:
         raise
     except (PadfreeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(
-            f"{path} has damaged metadata: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _some(keys: set[str]) -> str:

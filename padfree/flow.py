@@ -179,7 +179,7 @@ class Flow:
             if (is_norm and normed) or self._in_other_block(op, value):
                 break
             if is_norm or self._scales_channels(op):
-                norm_path = norm_path or self._norm_module(op)
+                norm_path = norm_path or self.norm_module(op)
                 normed = True
             current = after
             if normed and self.values[current].shape == self.values[value].shape:
@@ -195,7 +195,7 @@ class Flow:
         constants = [ref for ref in op.args[0] if isinstance(ref, Ref) and ref.value not in op.inputs]
         return plain_kind(op) in AFFINE and any(self.values[ref.value].shape for ref in constants)
 
-    def _norm_module(self, op: Op) -> str:
+    def norm_module(self, op: Op) -> str:
         """Path of the module that is a norm and no more, or ""."""
         call = self.recording.calls[op.call]
         heavy = {"convolution", "mm", "addmm", "bmm"}
@@ -237,9 +237,7 @@ class Flow:
             if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS or not known.issuperset(op.inputs):
                 return False
             known.update(op.outputs)
-        same = (
-            len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
-        )
+        same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
         return same and any(plain_kind(op) in NONLINEAR for op in ops)
 
     def feeds_only_attention(self, value: int) -> bool:
@@ -334,8 +332,7 @@ class Flow:
         if op is None or op.index not in call.ops:
             return False
         return op.call == call.index or any(
-            inner.parent == call.index and value in inner.outputs
-            for inner in self.recording.ancestors(op.call)
+            inner.parent == call.index and value in inner.outputs for inner in self.recording.ancestors(op.call)
         )
 
     def blocks(self, inside: int, *values: int) -> list[Call]:

@@ -13,9 +13,7 @@ def effective_kernel(kernel: int, dilation: int = 1) -> int:
     return dilation * (kernel - 1) + 1
 
 
-def out_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int = 1, ceil_mode: bool = False
-) -> int:
+def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 1, ceil_mode: bool = False) -> int:
     """Output size of a convolution or pool with `padding` on both sides (torch's own formula)."""
     span = size + 2 * padding - effective_kernel(kernel, dilation)
     if not ceil_mode:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class PoolProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool and project."""
-        return self.conv(shortcut_pool(x, self.kernel, self.padding))
+        projected: Tensor = self.conv(shortcut_pool(x, self.kernel, self.padding))
+        return projected
 
 
 class DepthwiseReduction(nn.Module):
@@ -47,15 +49,23 @@ class DepthwiseReduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        return self.norm(self.conv(x))
+        reduced: Tensor = self.norm(self.conv(x))
+        return reduced
 
 
 class StemPool(nn.MaxPool2d):
-    """`nn.MaxPool2d` by the fastest exact way (`padfree.pooling`): (N, C, H, W) -> (N, C, H/s, W/s)."""
+    """3x3 `nn.MaxPool2d` with padding 1 by the fastest exact way (`padfree.pooling`).
+
+    (N, C, H, W) -> (N, C, ceil(H/s), ceil(W/s)).
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__(3, stride, padding=1)
+        self.step = stride
 
     def forward(self, input: Tensor) -> Tensor:
         """Pool."""
-        return max_pool(input, self.kernel_size, self.stride, self.padding)
+        return max_pool(input, 3, self.step, 1)
 
 
 class StemTail(nn.Module):
@@ -97,13 +107,14 @@ class StemTail(nn.Module):
         self.conv_dw = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
         self.norm1 = _or_identity(norms[0])
         self.act1 = _or_identity(acts[0])
-        self.pool = end if end is not None and absorbs else StemPool(3, stride, padding=1)
+        self.pool = end if end is not None and absorbs else StemPool(stride)
         self.conv_pw = nn.Conv2d(2 * channels, channels, 1, bias=False)
         self.norm2 = _or_identity(norms[1])
         self.act2 = _or_identity(acts[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the tail on the stem's output."""
+        out: Tensor
         if self.has_end:
             x = self.end(x)
         pooled = self.pool(x)
@@ -128,7 +139,8 @@ class LastChannelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise."""
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        normed: Tensor = self.norm(x.permute(0, 2, 3, 1))
+        return normed.permute(0, 3, 1, 2)
 
 
 def _or_identity(module: nn.Module | None) -> nn.Module:
@@ -146,22 +158,20 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
     duplicate = without_hooks(copy.deepcopy(norm))
     old = _channels(norm)
     for module in duplicate.modules():
-        for table in (module._parameters, module._buffers):
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.dim() > 0 and old in tensor.shape:
                     shape = [channels if side == old else side for side in tensor.shape]
-                    fresh = tensor.detach().new_zeros(shape)
-                    if name in ("weight", "running_var"):
-                        fresh.fill_(1)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    table[name] = nn.Parameter(fresh) if is_parameter else fresh  # type: ignore[assignment]
+                    fresh = tensor.detach().new_full(shape, float(name in ("weight", "running_var")))
+                    table[name] = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
                 elif tensor is not None and tensor.dim() == 0:
                     table[name] = torch.zeros_like(tensor)
         for name in ("num_features", "num_channels"):
             if getattr(module, name, None) == old:
                 setattr(module, name, channels)
         if getattr(module, "normalized_shape", None) == (old,):
-            module.normalized_shape = (channels,)
+            module.__dict__["normalized_shape"] = (channels,)
         if isinstance(module, nn.GroupNorm):
             module.num_groups = math.gcd(channels, module.num_groups)
     if not with_act:
@@ -186,7 +196,7 @@ def act_like(act: nn.Module, *, inplace: bool = True) -> nn.Module:
     duplicate = without_hooks(copy.deepcopy(act))
     for module in duplicate.modules():
         if not inplace and getattr(module, "inplace", None) is True:
-            module.inplace = False
+            module.__dict__["inplace"] = False
     return duplicate
 
 

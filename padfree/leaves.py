@@ -33,9 +33,7 @@ _NAMES: dict[type[nn.Module], Names] = {
 }
 
 
-def plain_forward(
-    recording: Recording, call: Call, values: dict[str, Any]
-) -> tuple[str, Names, dict[str, Any]]:
+def plain_forward(recording: Recording, call: Call, values: dict[str, Any]) -> tuple[str, Names, dict[str, Any]]:
     """How the module that `call` calls does the same without its own padding, once `values` are set.
 
     Returns:

@@ -63,9 +63,7 @@ def find(
         together = [match for match in found if match.domain == domain]
         for group, why in _whole(sites, domain, together, skips, in_use, wanted):
             if why:
-                skips += [
-                    Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use
-                ]
+                skips += [Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use]
             else:
                 groups.append(Group(domain, tuple(group)))
     return groups, skips
@@ -115,11 +113,7 @@ def _shrinks_alike(sites: Sites, op: Op) -> bool:
 
 
 def _strides(op: Op) -> tuple[int, ...]:
-    stride = (
-        op.args[0][3]
-        if op.kind == "convolution"
-        else (op.args[0][2] if len(op.args[0]) > 2 else op.args[0][1])
-    )
+    stride = op.args[0][3] if op.kind == "convolution" else (op.args[0][2] if len(op.args[0]) > 2 else op.args[0][1])
     return tuple(stride) or (2,)
 
 
@@ -184,9 +178,7 @@ def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:
     return sizes
 
 
-def _after(
-    sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int], converted: bool
-) -> tuple[int, int]:
+def _after(sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int], converted: bool) -> tuple[int, int]:
     if converted:
         return (padfree_size(before[0]), padfree_size(before[1]))
     stride = _strides(op)[0]

@@ -122,14 +122,14 @@ class Recording:
             call = self.calls[call].parent
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down the operations run under it. Tensors are told apart by storage and geometry.
 
     Real tensors that meet meta ones (constants a model keeps outside its state) are moved to meta.
     """
 
     def __init__(self, names: Mapping[int, str] | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self._names = names or {}
@@ -187,9 +187,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-_UNARY = frozenset(
-    {"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"}
-)
+_UNARY = frozenset({"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"})
 
 
 def _quick_meta(func: Any, args: Any) -> Any:
@@ -257,9 +255,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     size: tuple[int, ...] = (3, 224, 224)
     for name in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, name, None)
-        found = (
-            config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
-        )
+        found = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
         if found:
             size = tuple(int(side) for side in found)
             break
@@ -277,20 +273,14 @@ def check_input_size(size: Any) -> tuple[int, ...]:
     """
     try:
         checked = tuple(int(side) for side in size)
-        if (
-            len(checked) not in (3, 4)
-            or min(checked) < 1
-            or any(a != b for a, b in zip(checked, size, strict=True))
-        ):
+        if len(checked) not in (3, 4) or min(checked) < 1 or any(a != b for a, b in zip(checked, size, strict=True)):
             raise ValueError
     except (TypeError, ValueError):
         raise PadfreeError(f"input_size is {size!r}; it takes (C, H, W), three positive integers") from None
     return checked
 
 
-def record(
-    model: nn.Module, input_size: tuple[int, ...] | None = None, *, like: Recording | None = None
-) -> Recording:
+def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like: Recording | None = None) -> Recording:
     """Run `model` once on meta tensors of `input_size` (C, H, W) and write down what it does.
 
     Args:

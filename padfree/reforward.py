@@ -6,7 +6,7 @@ rebuild the class from (base, source, names, locked), so they work in a fresh pr
 
 from __future__ import annotations
 
-import functools
+import abc
 import importlib
 import linecache
 import math
@@ -78,7 +78,6 @@ def new_child_names(module: nn.Module) -> list[str]:
     return [name for name in module._modules if name.startswith(_NEW)]
 
 
-@functools.cache
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
 
@@ -88,6 +87,16 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
         names: its globals, by module and qualified name.
         locked: plain state that `source` was traced with; changing it raises `LockedStateError`.
     """
+    found = _CLASSES.get((base, source, names, repr(locked)))
+    if found is None:
+        found = _CLASSES[(base, source, names, repr(locked))] = _new_class(base, source, names, locked)
+    return found
+
+
+_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
+def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     members: dict[str, Any] = {
         _MARK: base,
         "_padfree_recipe": (source, names, locked),
@@ -105,7 +114,19 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
     for name in FUSERS:
         if callable(getattr(base, name, None)):
             members[name] = _sealed(name)
-    return type(base)(base.__name__, (base,), members)
+    return quiet_subclass(base, members)
+
+
+def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass of `base`, with its metaclass, made without running the user's class-creation code.
+
+    An `__init_subclass__` or metaclass that registers classes by name would take it for a class of the
+    user's, replace the original in the registry, or demand arguments.
+    """
+    maker = abc.ABCMeta if issubclass(type(base), abc.ABCMeta) else type
+    made: type[nn.Module] = maker.__new__(type(base), base.__name__, (nn.Module,), members)
+    made.__bases__ = (base,)  # unlike class creation, this calls no __init_subclass__
+    return made
 
 
 def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
@@ -122,8 +143,10 @@ def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     base = original_class(self)
-    source, names, locked = type(self)._padfree_recipe  # type: ignore[attr-defined]
-    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__  # type: ignore[operator]
+    kind: Any = type(self)
+    source, names, locked = kind._padfree_recipe
+    getstate: Any = getattr(self, "__getstate__", None)  # object has none before Python 3.11
+    state = self.__dict__ if getstate is None else getstate()
     return (rebuild, (base, source, names, locked), state)
 
 
@@ -165,9 +188,8 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
     """A rewritten Sequential shows only its old children, and refuses to be re-arranged."""
 
     def shown(self: nn.Module) -> list[nn.Module]:
-        return [
-            child for name, child in self._modules.items() if not name.startswith(_NEW) and child is not None
-        ]
+        children: dict[str, Any] = self._modules
+        return [child for name, child in children.items() if not name.startswith(_NEW)]
 
     def __len__(self: nn.Module) -> int:
         return len(shown(self))
@@ -181,7 +203,8 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
                 "a slice of a converted Sequential would lose its padding-free shortcut; slice the original, "
                 "or call the parts by index"
             )
-        return shown(self)[index]
+        child: nn.Module = shown(self)[index]
+        return child
 
     members: dict[str, Any] = {"__len__": __len__, "__iter__": __iter__, "__getitem__": __getitem__}
     for name in (
@@ -203,7 +226,8 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
 def _fixed(name: str) -> Any:
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise PadfreeError(
-            f"{name} on a converted Sequential would not change its generated forward; change the original and convert again"
+            f"{name} on a converted Sequential would not change its generated forward; "
+            "change the original and convert again"
         )
 
     refuse.__name__ = name

@@ -65,7 +65,7 @@ class Editor(Protocol):
     def resize(self, path: str, shape: tuple[int, ...]) -> None:
         """Give a parameter another shape by linear interpolation along the sides that differ."""
 
-    def set(self, path: str, **attributes: Any) -> None:
+    def assign(self, path: str, **attributes: Any) -> None:
         """Set plain attributes of a module."""
 
 

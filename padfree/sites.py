@@ -87,7 +87,7 @@ class Conv:
         if not self.padded:
             return "it is padding-free already"
         if not self.is_module:
-            return "it is a function call; padfree rewrites convolution modules (hold the weight in an nn.Conv2d)"
+            return "it is a function call; padfree rewrites convolution modules (use an nn.Conv2d)"
         return ""
 
 
@@ -252,13 +252,7 @@ class Sites:
             value = self.flow.linear_source(source)
             point = self.conv_making(value)
             alone = point is not None and len(self.flow.consumers(value)) == 1
-            if (
-                point is None
-                or not alone
-                or not point.pointwise
-                or point.stride != (1, 1)
-                or point.groups != 1
-            ):
+            if point is None or not alone or not point.pointwise or point.stride != (1, 1) or point.groups != 1:
                 return tuple(pair)
             pair.insert(0, point)
             source = point.source

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from padfree.errors import PadfreeError
 
@@ -74,9 +75,10 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         duplicate: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise PadfreeError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); padfree works on a copy. "
-            "Hint: old-style weight_norm/spectral_norm keep non-leaf tensors; use torch.nn.utils.parametrizations, "
-            "and keep open files, generators and computed tensors out of the model"
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
+            "padfree works on a copy. "
+            "Hint: old-style weight_norm/spectral_norm keep non-leaf tensors (use torch.nn.utils.parametrizations); "
+            "keep open files, generators and computed tensors out of the model"
         ) from error
     copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
     for module in duplicate.modules():
@@ -88,9 +90,9 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
         raise PadfreeError(
-            "the model has lazy parameters that no forward has initialised yet; run it once on a sample input first"
+            "the model has lazy parameters that no forward has initialised yet; run it on a sample input first"
         )
     empty = torch.empty_like(tensor.detach(), device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
@@ -118,9 +120,7 @@ def _rebind(value: Any, copied: dict[int, nn.Module]) -> Any:
             changed = True
     if not changed:
         return value
-    rebound = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
-    )
+    rebound = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
     rebound.__kwdefaults__ = value.__kwdefaults__
     rebound.__dict__.update(value.__dict__)
     rebound.__doc__ = value.__doc__

@@ -86,9 +86,7 @@ class Source:
                 kwargs = rest.get("kwargs", {})
                 if isinstance(kwargs, Mapping) and all(isinstance(key, str) for key in kwargs):
                     return cls(library, name, dict(kwargs))
-        raise SourceError(
-            f'{data!r} is not a model source; write "timm:NAME" or {{"library", "name", "kwargs"}}'
-        )
+        raise SourceError(f'{data!r} is not a model source; write "timm:NAME" or {{"library", "name", "kwargs"}}')
 
     def create(self, pretrained: bool = False) -> nn.Module:
         """Build the network.

@@ -56,19 +56,14 @@ class Spec:
         """The layer, on the device and with the dtype of its reference, in its mode."""
         reference = model.get_submodule(self.reference)
         layer = self._layer(model, end)
+        kept = {} if end is None else {module: module.training for module in end.modules()}
         weight = next((p for p in reference.parameters() if p.is_floating_point()), None)
-        if weight is not None:
-            new = [child for child in layer.children() if child is not end] if end is not None else [layer]
-            for child in new:
-                child.to(device=weight.device, dtype=weight.dtype)
-                if _channels_last(model):
-                    child.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        mode = end.training if end is not None else reference.training
-        kept = None if end is None else {id(m): m.training for m in end.modules()}
-        layer.train(mode)
-        if end is not None and kept is not None:
-            for module in end.modules():
-                module.training = kept[id(module)]
+        layout = _memory_format(model)
+        for module in layer.modules():
+            if weight is not None and isinstance(module, nn.Conv2d) and module not in kept:
+                module.to(device=weight.device, dtype=weight.dtype)
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
+            module.training = kept.get(module, reference.training)
         return layer
 
     def _layer(self, model: nn.Module, end: nn.Module | None) -> nn.Module:
@@ -103,9 +98,11 @@ class Spec:
         return FUNCTIONS[self.function]() if self.function else None
 
 
-def _channels_last(model: nn.Module) -> bool:
-    """Whether the model's weights lie in channels_last memory format."""
+def _memory_format(model: nn.Module) -> torch.memory_format:
+    """The memory format that the model's convolution weights lie in."""
     for parameter in model.parameters():
         if parameter.dim() == 4 and not parameter.is_contiguous():
-            return parameter.is_contiguous(memory_format=torch.channels_last)
-    return False
+            if parameter.is_contiguous(memory_format=torch.channels_last):
+                return torch.channels_last
+            break
+    return torch.contiguous_format

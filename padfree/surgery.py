@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from padfree.errors import PadfreeError, Refusal
-from padfree.flow import AVG_POOLS, MAX_POOLS
+from padfree.flow import AVG_POOLS
 from padfree.leaves import plain_forward
 from padfree.pooling import shortcut_pool
-from padfree.record import Op
 from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class
 from padfree.sites import Conv, Sites
 from padfree.specs import Spec
@@ -162,9 +161,7 @@ class Surgeon:
     def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
         recording = self._recording
         if recording.ops[pad].call == recording.ops[op].call:
-            source_text, names, switches = plain_forward(
-                recording, recording.calls[recording.ops[op].call], values
-            )
+            source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
             values.update(switches)
             if source_text:
                 self._operations.append(Reforward(path, source_text, names, ()))
@@ -189,9 +186,7 @@ class Surgeon:
             values: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 0, "ceil_mode": False}
             inside = before is not None and before.kind == "constant_pad_nd" and before.call == recorded.call
             if inside or type(module) not in (nn.AvgPool2d, nn.MaxPool2d):
-                source_text, names, switches = plain_forward(
-                    recording, recording.calls[recorded.call], values
-                )
+                source_text, names, switches = plain_forward(recording, recording.calls[recorded.call], values)
                 values.update(switches)
                 if source_text:
                     self._operations.append(Reforward(path, source_text, names, ()))
@@ -260,7 +255,7 @@ class Surgeon:
     def resize(self, path: str, shape: tuple[int, ...]) -> None:  # noqa: D102
         self._operations.append(Resize(path, tuple(shape)))
 
-    def set(self, path: str, **attributes: Any) -> None:  # noqa: D102
+    def assign(self, path: str, **attributes: Any) -> None:  # noqa: D102
         self._operations.append(SetAttributes(path, tuple(attributes.items())))
 
     # -------------------------------------------------------------------------------------------
@@ -332,12 +327,7 @@ def _set_attributes(model: nn.Module, operation: SetAttributes, undo: Undo) -> N
 
 def _shaped_like(value: Any, old: Any) -> Any:
     """(p, p) as the kind of thing that stood there: an int stays an int."""
-    if (
-        isinstance(value, tuple)
-        and len(set(value)) == 1
-        and isinstance(old, int)
-        and not isinstance(old, bool)
-    ):
+    if isinstance(value, tuple) and len(set(value)) == 1 and isinstance(old, int) and not isinstance(old, bool):
         return value[0]
     if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
         return type(old)([value] * len(old))
@@ -346,7 +336,12 @@ def _shaped_like(value: Any, old: Any) -> Any:
 
 def _restore(table: dict[str, Any], name: str) -> Callable[[], None]:
     old = dict(table)
-    return lambda: (table.clear(), table.update(old), None)[-1]
+
+    def restore() -> None:
+        table.clear()
+        table.update(old)
+
+    return restore
 
 
 def _add_child(model: nn.Module, operation: AddChild, undo: Undo) -> None:
@@ -403,8 +398,3 @@ _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     Resize: _resize,
     Reforward: _reforward,
 }
-
-
-def is_pool(op: Op) -> bool:
-    """Whether a recorded operation is a max- or average-pool."""
-    return op.kind in MAX_POOLS | AVG_POOLS

@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from padfree.errors import Refusal
 from padfree.record import Call, Op, Recorder, Recording, Value, _collect, _storage, first_line
+from padfree.reforward import quiet_subclass
 
 Locked = tuple[tuple[str, Any], ...]
 _SIMPLE = (bool, int, float, str, type(None))
@@ -50,11 +51,7 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
         Refusal: its forward cannot be replaced by a graph, with the reason.
     """
     module = recording.modules[call.path]
-    where = (
-        f"`{call.path}` ({type(module).__name__})"
-        if call.path
-        else f"the model itself ({type(module).__name__})"
-    )
+    where = f"`{call.path}` ({type(module).__name__})" if call.path else f"the model itself ({type(module).__name__})"
     _check_kind(module, where)
     spy = _Spy(module)
     eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
@@ -64,7 +61,7 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
         raise Refusal(f"the forward of {where} writes its own attribute `{sorted(spy.writes)[0]}`")
     if call.path == "" and spy.methods:
         raise Refusal(
-            f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which other callers would run "
+            f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which others would run "
             "unconverted; move the layers into a child module"
         )
     for node in eval_graph.nodes:
@@ -80,9 +77,7 @@ def _check_kind(module: nn.Module, where: str) -> None:
     if isinstance(module, fx.GraphModule):
         raise Refusal(f"{where} is a torch.fx GraphModule; convert the model first, then trace it")
     if "forward" in module.__dict__:
-        raise Refusal(
-            f"{where} has a forward of its own on the instance, which an edited class cannot replace"
-        )
+        raise Refusal(f"{where} has a forward of its own on the instance, which an edited class cannot replace")
 
 
 class _Spy:
@@ -121,7 +116,7 @@ class _Spy:
             "__setattr__": __setattr__,
             "__module__": base.__module__,
         }
-        self.kind: type[nn.Module] = type(base)(base.__name__, (base,), members)
+        self.kind = quiet_subclass(base, members)
         self.module = module
         self.stand_in: nn.Module = module
 
@@ -137,9 +132,7 @@ class _Spy:
 
     def locked(self) -> Locked:
         """What the forward read, as (name, value); values that do not compare simply are opaque."""
-        return tuple(
-            sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items())
-        )
+        return tuple(sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items()))
 
 
 def _is_simple(value: Any) -> bool:
@@ -170,7 +163,7 @@ class BlockTracer(fx.Tracer):
         args: list[Any] = [self.root]
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             default = () if parameter.default is parameter.empty else (parameter.default,)
-            proxy = self.create_proxy("placeholder", parameter.name, default, {})
+            proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             value = self.arguments[parameter.name]
             if value is None or isinstance(value, (bool, str)):
                 self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
@@ -246,7 +239,7 @@ class _LinkingInterpreter(fx.Interpreter):
     """Runs a graph under a recorder and notes which node issued each operation and made each value."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
-        super().__init__(module, garbage_collect_values=False, graph=graph)  # type: ignore[arg-type]
+        super().__init__(module, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
         self.node_of_value: dict[int, fx.Node] = {}
         self.node_of_op: list[fx.Node] = []
@@ -289,9 +282,7 @@ def _link(
     if [op.kind for op in recorded] != [op.kind for op in ops_after]:
         raise Refusal(f"the forward of {where} does not do the same twice")
     to_global = _value_table(call, recorded, ops_after)
-    nodes = {
-        to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global
-    }
+    nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
     return nodes, anchors
 
@@ -333,9 +324,7 @@ def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> t
     before = [list(item) for item in lists]
     with torch.random.fork_rng(devices=[]), recorder:
         type(module).forward(module, *args, **kwargs)
-    if any(
-        a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)
-    ):
+    if any(a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)):
         raise Refusal(f"the forward of `{type(module).__name__}` changes a list it is given")
     return recorder.values, recorder.ops
 

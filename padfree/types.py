@@ -76,7 +76,8 @@ class Match:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
 
     def __str__(self) -> str:
         sizes = f"{_size(self.size)} -> {_size(self.out_before)} becomes {_size(self.out_after)}"

@@ -17,7 +17,7 @@ _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll",
 
 def verify(
     original: Recording, converted: nn.Module, *, allow_resize: bool = False, resized: Iterable[str] = ()
-) -> Recording:
+) -> None:
     """Run the converted copy on the recording's input size and compare.
 
     Args:
@@ -42,7 +42,6 @@ def verify(
         raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
     if not allow_resize:
         _check_resizing(original, after)
-    return after
 
 
 def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:

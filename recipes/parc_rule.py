@@ -40,25 +40,24 @@ def follow(sites: Sites, options: Options, sizes: Sizes) -> Iterator[Match]:
     for path, module in sites.recording.modules.items():
         if not isinstance(module, ParC):
             continue
-        conv = next(conv for conv in sites.convs.values() if conv.path == f"{path}.conv")
-        before = flow.size(conv.out)
-        after = sizes.get(flow.domain(conv.out), before)
+        (source,) = sites.recording.calls_of[path][0].inputs
+        domain, before = flow.domain(source), flow.size(source)
+        after = sizes.get(domain, before)
         side = after[module.dim - 2]
         if side != module.side:
             detail = {
-                "op": conv.op,
-                "channels": conv.in_channels,
+                "channels": module.conv.in_channels,
                 "span": list(module.span(side)),
                 "position": module.position is not None,
             }
-            yield Match(NAME, path, "", flow.domain(conv.out), after, before, after, detail)
+            yield Match(NAME, path, "", domain, before, before, after, detail)
 
 
 def rewrite(match: Match, editor: Editor) -> None:
     """Resize kernel and embedding to the new map."""
     channels, span = match.detail["channels"], tuple(match.detail["span"])
     editor.resize(f"{match.name}.conv.weight", (channels, 1, *span))
-    editor.set(f"{match.name}.conv", kernel_size=span)
+    editor.assign(f"{match.name}.conv", kernel_size=span)
     if match.detail["position"]:
         editor.resize(f"{match.name}.position", (1, channels, *span))
 

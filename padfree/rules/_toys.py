@@ -45,7 +45,8 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Add and activate."""
-        return self.act(self.main(x) + self.shortcut(x))
+        total: Tensor = self.act(self.main(x) + self.shortcut(x))
+        return total
 
 
 class Joined(nn.Module):
@@ -66,7 +67,8 @@ class Joined(nn.Module):
             joined = torch.cat(parts, 1)
         for part in parts[1:] if self.total else ():
             joined = joined + part
-        return self.act(self.norm(joined))
+        out: Tensor = self.act(self.norm(joined))
+        return out
 
 
 class SplitJoin(nn.Module):
@@ -80,7 +82,7 @@ class SplitJoin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Split, convolve, join."""
-        a, b = x.split(x.shape[1] // 2, 1)
+        a, b = torch.split(x, x.shape[1] // 2, 1)
         return torch.cat((self.small(a), self.large(b)), 1)
 
 
@@ -94,7 +96,8 @@ class Padded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pad, convolve, normalise."""
-        return self.norm(self.conv(pad(x, (0, 1, 0, 1))))
+        out: Tensor = self.norm(self.conv(pad(x, (0, 1, 0, 1))))
+        return out
 
 
 class KeyAttention(nn.Module):
@@ -121,4 +124,5 @@ class Twice(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the body on the map and on its mirror image."""
-        return self.body(x) + self.body(x.flip(-1))
+        total: Tensor = self.body(x) + self.body(x.flip(-1))
+        return total

@@ -57,9 +57,7 @@ EXAMPLES = (
     Example(lambda: net(Residual(unit(8, 8, stride=2), unit(8, 8, 1, 2, act=False))), SIZE, ("1.main.0",)),
 )
 COUNTEREXAMPLES = (
-    Example(
-        lambda: net(unit(8, 8, 2, 2, padding=0), unit(8, 8, 3, 2, padding=0)), SIZE, ("padding-free already",)
-    ),
+    Example(lambda: net(unit(8, 8, 2, 2, padding=0), unit(8, 8, 3, 2, padding=0)), SIZE, ("padding-free already",)),
     Example(lambda: net(unit(8, 8, 4, 2, padding=1)), SIZE, ("kernel spans 4x4",)),
 )
 RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES))

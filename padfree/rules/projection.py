@@ -37,7 +37,8 @@ NAME = "projection"
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """1x1 stride-2 convs on shortcuts, and pools, that enter a map some strided site enters."""
     flow = sites.flow
-    shared, points = set(), set()
+    shared: set[int] = set()
+    points: set[int] = set()
     for conv, site in strided(sites):
         if conv.padded:
             shared.add(flow.domain(conv.out))
@@ -45,7 +46,7 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     for domain in sorted(shared):
         for op in flow.entries.get(domain, ()):
             if op.kind in MAX_POOLS | AVG_POOLS:
-                found = _pool(sites, op)
+                found: Match | Skip | None = _pool(sites, op)
             elif op.index in points or op.index not in sites.convs:
                 continue
             else:
@@ -137,9 +138,7 @@ def _norm_near(sites: Sites, op: int) -> str:
     ops = sites.flow.ops
     for other in [*range(op + 1, len(ops)), *range(op - 1, -1, -1)]:
         if ops[other].kind in NORMS and sites.flow.is_map(ops[other].outputs[0]):
-            path = sites.recording.calls[ops[other].call].path
-            if isinstance(sites.recording.modules[path], nn.Module):
-                return path
+            return sites.flow.norm_module(ops[other])
     return ""
 
 
@@ -163,14 +162,10 @@ def rewrite(match: Match, edit: Editor) -> None:
         edit.pooled(match.block, source, op)
     else:
         channels = (conv.in_channels, conv.in_channels)
-        edit.before(
-            match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"])
-        )
+        edit.before(match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"]))
         if "own_norm" in detail and detail["norm"]:
             channels = (conv.out_channels, conv.out_channels)
-            edit.after(
-                match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"])
-            )
+            edit.after(match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"]))
     edit.conv(conv, 0, stride=1)
 
 

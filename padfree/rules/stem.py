@@ -112,12 +112,11 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     }  # fmt: skip
     place = recording.calls[pool.call].path if pool is not None else site.chain.act_path
     block = ""
+    detail["absorbs"] = int(pool is not None)
     if place and _replaceable(sites, place):
         detail["place"] = place
     elif pool is not None:
-        raise Refusal(
-            "the max-pool after it is a function call, or runs more than once, and cannot be absorbed"
-        )
+        raise Refusal("the max-pool after it is a function call, or runs more than once, and cannot be absorbed")
     else:
         call = block_for(sites, conv.op, value, owner=conv.path, child=True)
         block = call.path
@@ -137,15 +136,7 @@ def _absorbed(sites: Sites, end: int) -> Op | None:
 
 
 def _both(value: Any) -> tuple[int, ...]:
-    return (
-        ()
-        if value is None
-        else (value, value)
-        if isinstance(value, int)
-        else (value[0], value[-1])
-        if value
-        else ()
-    )
+    return () if value is None else (value, value) if isinstance(value, int) else (value[0], value[-1]) if value else ()
 
 
 def _first(value: Any) -> int:
@@ -191,7 +182,7 @@ def rewrite(match: Match, edit: Editor) -> None:
     channels = (detail["channels"], detail["channels"])
     spec = Spec(
         "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
-        function=detail["function"], absorbs=detail["value"] != edit.sites.site(edit.sites.convs[detail["op"]]).chain.end(),
+        function=detail["function"], absorbs=bool(detail["absorbs"]),
         residual=edit.options.stem_residual, preact=bool(detail["preact"]), norm_last=bool(detail["norm_last"]),
     )  # fmt: skip
     if "place" in detail:
@@ -210,12 +201,8 @@ def _preact() -> nn.Sequential:
 
 EXAMPLES = (
     Example(lambda: net(depthwise(8)), SIZE, ("0.0",)),
-    Example(
-        lambda: net(stem=nn.Sequential(unit(3, 8, 7, 2), nn.MaxPool2d(3, 2, padding=1))), SIZE, ("0.0.0",)
-    ),
-    Example(
-        lambda: net(depthwise(8), stem=unit(3, 8, stride=2)), SIZE, ("0.0",), Options(stem_residual=True)
-    ),
+    Example(lambda: net(stem=nn.Sequential(unit(3, 8, 7, 2), nn.MaxPool2d(3, 2, padding=1))), SIZE, ("0.0.0",)),
+    Example(lambda: net(depthwise(8), stem=unit(3, 8, stride=2)), SIZE, ("0.0",), Options(stem_residual=True)),
     Example(_preact, SIZE, ("0.0",)),
     Example(
         lambda: net(stem=Joined(unit(3, 8, 3, 2, act=False), unit(3, 8, 1, 2, act=False), out=8, total=True)),
