@@ -1,0 +1,241 @@
+"""One model through padfree on meta tensors, with everything checked that a conversion promises."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import padfree
+from benchmarks.catalogue import input_size
+from padfree.compare import minimum_input
+from padfree.record import Recording, Ref, example_inputs, record
+from padfree.sources import Source
+
+
+@dataclass
+class Result:
+    """A row of the table.
+
+    Attributes:
+        status: "full" (all sites converted), "part", "refused" (none could be), "nothing" (no candidates), "unbuilt"
+            (the library itself cannot build or run it), or a fault: "crash", "broken", "keys", "timeout".
+        depthwise, dense, projection, stem: matches by rule.
+        candidates: what makes a model one with something to convert: stride-2 convolutions with an odd kernel of
+            at least 3, and 3x3 stride-2 max-pools.
+        sites: modules that run a stride-2 convolution with an odd kernel, 1x1 shortcuts among them.
+        dw_sites: those of them that are depthwise with a kernel of at least 3.
+        located: sites that the plan names, as a match or as a skip.
+        missing: the first sites that it does not name.
+        depthwise_alone: whether `rules=("depthwise",)` converts something (None: no such site).
+        reason: why the first place was left alone, or what went wrong.
+    """
+
+    name: str
+    status: str = "crash"
+    depthwise: int = 0
+    dense: int = 0
+    projection: int = 0
+    stem: int = 0
+    skips: int = 0
+    candidates: int = 0
+    sites: int = 0
+    dw_sites: int = 0
+    located: int = 0
+    missing: list[str] = field(default_factory=list)
+    depthwise_alone: bool | None = None
+    params_before: int | None = None
+    params_after: int | None = None
+    macs_before: int | None = None
+    macs_after: int | None = None
+    minimum: int | None = None
+    seconds: float = 0.0
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+class Broken(Exception):
+    """A conversion did not keep a promise."""
+
+
+class KeysChanged(Broken):
+    """The old keys, their order or their shapes are not what they were."""
+
+
+def measure(name: str) -> Result:
+    """Build a model on the meta device, plan, convert and check it; whatever happens becomes a `Result`."""
+    result = Result(name)
+    begun = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _measure(result)
+    except KeysChanged as error:
+        result.status, result.reason = "keys", str(error)
+    except Broken as error:
+        result.status, result.reason = "broken", str(error)
+    except Exception as error:  # the table must show any crash of padfree
+        result.status, result.reason = "crash", f"{type(error).__name__}: {_first_line(error)}"
+    result.seconds = round(time.perf_counter() - begun, 2)
+    return result
+
+
+def _measure(result: Result) -> None:
+    source = Source.from_dict(result.name)
+    try:
+        model, before = _build(source)
+    except padfree.PadfreeError as error:
+        result.status, result.reason = "unbuilt", _first_line(error)
+        return
+    result.params_before = _parameters(model)
+    result.macs_before = macs(before)
+    plan = padfree.plan(model, input_size=before.input_size)
+    _locate(result, before, plan)
+    for match in plan.matches:
+        setattr(result, match.rule, getattr(result, match.rule) + 1)
+    result.skips = len(plan.skips)
+    result.reason = plan.skips[0].reason if plan.skips else ""
+    if not plan.matches:
+        result.status = "refused" if result.candidates else "nothing"
+        _expect_refusal(model, before)
+        return
+    converted = plan.apply(model)
+    after = record(converted, before.input_size)
+    result.params_after, result.macs_after = _parameters(converted), macs(after)
+    _check(model, converted, before, after)
+    if result.dw_sites:
+        alone = padfree.plan(model, rules=("depthwise",), input_size=before.input_size)
+        result.depthwise_alone = bool(alone.matches)
+    result.minimum = minimum_input(before, after)
+    result.status = "part" if plan.skips else "full"
+
+
+def _build(source: Source) -> tuple[nn.Module, Recording]:
+    """On the meta device; with real weights where the network reads values while it is built or run."""
+    size = input_size(source)
+    try:
+        with torch.device("meta"):
+            model = source.create()
+        return model, record(model, size)
+    except padfree.PadfreeError:
+        model = source.create().eval()
+        return model, record(model, size)
+
+
+def _locate(result: Result, recording: Recording, plan: padfree.Plan) -> None:
+    """Strided convolutions and pools among the recorded operations, and whether the plan names them."""
+    named = {item.name for item in (*plan.matches, *plan.skips)}
+    sites: dict[str, bool] = {}
+    for op in recording.ops:
+        path = recording.calls[op.call].path if op.call >= 0 else ""
+        if op.kind == "convolution" and op.inputs and len(recording.values[op.inputs[0]].shape) == 4:
+            _, weight, _, stride, _, _, transposed, _, groups = op.args[0]
+            _, inner, *kernel = recording.values[weight.value].shape
+            if list(stride) != [2, 2] or transposed or any(side % 2 == 0 for side in kernel):
+                continue
+            sites[path] = groups > 1 and inner == 1 and min(kernel) >= 3
+            result.candidates += max(kernel) >= 3
+        elif op.kind == "max_pool2d_with_indices" and list(op.args[0][1]) == [3, 3]:
+            result.candidates += len(op.args[0]) > 2 and list(op.args[0][2]) == [2, 2]
+    result.sites, result.dw_sites = len(sites), sum(sites.values())
+    missing = [path for path in sites if path not in named]
+    result.located = len(sites) - len(missing)
+    result.missing = missing[:5]
+
+
+def _expect_refusal(model: nn.Module, recording: Recording) -> None:
+    try:
+        padfree.convert(model, input_size=recording.input_size)
+    except padfree.PadfreeError:
+        return
+    raise Broken("convert did not raise though the plan is empty")
+
+
+def _check(model: nn.Module, converted: nn.Module, before: Recording, after: Recording) -> None:
+    old = {key: value.shape for key, value in model.state_dict().items()}
+    new = {key: value.shape for key, value in converted.state_dict().items() if key in old}
+    if list(old.items()) != list(new.items()):
+        raise KeysChanged("the state dict's old keys, their order or their shapes changed")
+    if not isinstance(converted, type(model)):
+        raise Broken(f"it became a {type(converted).__name__}")
+    if padfree.plan(converted, input_size=before.input_size).matches:
+        raise Broken("converting it again finds something to convert")
+    shapes = [[recording.values[index].shape for index in recording.outputs] for recording in (before, after)]
+    if shapes[0] != shapes[1] and len(shapes[0]) == 1:
+        raise Broken(f"its output changed from {tuple(shapes[0][0])} to {tuple(shapes[1][0])}")
+    for label, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
+        if _fails(duplicate, model) is None and (why := _fails(duplicate, converted)) is not None:
+            raise Broken(f"{label}: {why}")
+    if _fails(_train_step, model, before) is None and (why := _fails(_train_step, converted, after)) is not None:
+        raise Broken(f"training step: {why}")
+
+
+def _train_step(model: nn.Module, recording: Recording) -> None:
+    duplicate = copy.deepcopy(model).train()
+    first = next(iter(example_inputs(duplicate, recording.input_size, meta=True)))
+    output = duplicate(torch.cat([first[0], first[0]]))
+    floats = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+    sum(tensor.float().mean() for tensor in floats).backward()  # type: ignore[union-attr]
+
+
+def _fails(function: Any, *arguments: Any) -> str | None:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {_first_line(error)}"
+    return None
+
+
+def _tensors(tree: Any) -> Iterable[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _tensors(item)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _tensors(item)
+
+
+def macs(recording: Recording) -> int:
+    """Multiply-adds of one image from what was recorded: convolutions, matrix products, norms (as fvcore weighs them).
+
+    Unlike fvcore's total it holds attention's products where a fused kernel hides them, and no adaptive pools.
+    """
+    return sum(_macs(recording, op.kind, op.args, op.outputs) for op in recording.ops)
+
+
+def _macs(recording: Recording, kind: str, args: tuple[Any, ...], outputs: tuple[int, ...]) -> int:
+    shapes = [recording.values[item.value].shape for item in args[0] if isinstance(item, Ref)]
+    out = recording.values[outputs[0]].shape if outputs else ()
+    if kind in ("convolution", "_convolution"):
+        transposed = bool(args[0][6])
+        return shapes[0][0] * math.prod(shapes[1]) * math.prod((shapes[0] if transposed else out)[2:])
+    if kind in ("mm", "bmm"):
+        return math.prod(shapes[0]) * shapes[1][-1]
+    if kind in ("addmm", "baddbmm"):
+        return math.prod(shapes[1]) * shapes[2][-1]
+    if kind in ("native_batch_norm", "_native_batch_norm_legit_no_training"):
+        return 2 * math.prod(shapes[0])
+    if kind in ("native_layer_norm", "native_group_norm"):
+        return 5 * math.prod(shapes[0])
+    return 0
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,113 @@
+"""The sweep itself: its counts by hand, its isolation, its fixed sample."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from benchmarks import catalogue, coverage, tables
+from benchmarks.measure import Result, macs, measure
+from padfree.compare import count_macs
+from padfree.record import record
+from padfree.sources import Source
+
+
+def test_the_fixed_sample_has_names_that_exist() -> None:
+    assert len(catalogue.SAMPLE) == len(set(catalogue.SAMPLE)) >= 60
+    assert set(catalogue.SAMPLE) <= set(catalogue.all_sources()) | {
+        name for name in catalogue.SAMPLE if name.startswith("bsconv:")
+    }
+    assert len(catalogue.bsconv_sources()) == len(set(catalogue.bsconv_sources())) == 30
+    assert len(catalogue.all_sources()) > 1400
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18", "regnetx_002"])
+def test_recorded_multiply_adds_agree_with_fvcore(name: str) -> None:
+    model = timm.create_model(name)
+    assert macs(record(model, (3, 96, 96))) == pytest.approx(count_macs(model, (3, 96, 96)).macs, rel=2e-3)
+
+
+def test_rows_of_known_models() -> None:
+    full = measure("timm:lcnet_035")
+    assert (full.status, full.depthwise, full.stem, full.located) == ("full", 4, 1, full.sites)
+    assert full.params_after is not None and full.params_before is not None
+    assert full.params_after > full.params_before
+    nothing = measure("timm:vit_tiny_patch16_224")
+    assert (nothing.status, nothing.candidates) == ("nothing", 0)
+    unbuilt = measure("timm:no_such_model")
+    assert unbuilt.status == "unbuilt"
+    assert "timm has no model" in unbuilt.reason
+
+
+def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("inside padfree")
+
+    monkeypatch.setattr("padfree.plan", crash)
+    row = measure("timm:lcnet_035")
+    assert (row.status, row.reason) == ("crash", "ZeroDivisionError: inside padfree")
+
+
+def _misbehave(pipe: coverage.Connection) -> None:
+    pipe.send(None)
+    while True:
+        name = pipe.recv()
+        if name == "dies":
+            os._exit(7)
+        if name == "sleeps":
+            time.sleep(60)
+        pipe.send(Result(name, "full", candidates=1).to_dict())
+
+
+def test_a_worker_that_dies_or_sleeps_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "_work", _misbehave)
+    rows = {row["name"]: row for row in coverage.sweep(["a", "dies", "b", "sleeps", "c", "d"], timeout=3)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a": "full", "b": "full", "c": "full", "d": "full", "dies": "crash", "sleeps": "timeout",
+    }  # fmt: skip
+    assert rows["dies"]["reason"] == "the process died with exit status 7"
+
+
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coverage, "_work", _misbehave)
+    cache = tmp_path / "cache" / "rows.jsonl"
+    first = coverage.run(["a", "b"], cache, timeout=30)
+    with cache.open("a") as file:
+        file.write('{"name": "half')
+    monkeypatch.setattr(coverage, "sweep", lambda names, timeout: pytest.fail(f"{names} again") if names else [])
+    assert coverage.run(["b", "a"], cache, timeout=30) == first[::-1]
+
+
+def test_the_tables(tmp_path: Path) -> None:
+    rows = [
+        Result("timm:a", "full", candidates=2, dw_sites=1, sites=3, located=3, depthwise_alone=True).to_dict(),
+        Result("timm:b", "part", candidates=1, sites=2, located=1, missing=["x"], reason="`x`: 14 | 13").to_dict(),
+        Result("bsconv:c", "crash", reason="KeyError: 1").to_dict(),
+    ]
+    text = "\n".join(tables.totals(rows))
+    assert "3 models, 2 of them with something to convert, 1 with strided depthwise" in text
+    assert "converted: 2 (1 fully, 1 in part; 2 of those" in text
+    assert "strided convolutions: 5, named by a plan: 4" in text
+    assert "crashes: 1; broken by conversion: 0; old keys or order changed: 0" in text
+    tables.write_tables(rows, tmp_path)
+    page = (tmp_path / "coverage.md").read_text()
+    assert "| timm | 2 | 1 | 1 | 0 | 0 | 0 | 0 |" in page
+    assert r"| 1 | `...`: n \| n |" in page
+    assert "- crash: `bsconv:c`: KeyError: 1" in page
+    assert len((tmp_path / "coverage.csv").read_text().splitlines()) == 4
+
+
+@pytest.mark.slow
+def test_the_fixed_sample_converts_without_a_fault() -> None:
+    assert coverage.main(["--fixed"]) == 0
+
+
+def test_video_models_get_frames() -> None:
+    assert catalogue.input_size(Source("torchvision", "r3d_18")) == (3, 16, 224, 224)
+    assert catalogue.input_size(Source("torchvision", "resnet18")) is None
+    assert torch.get_default_device() == torch.device("cpu")
