@@ -18,7 +18,7 @@ _RESIDUAL = (
 
 # One or more names for every row of the tables of patterns: what follows a strided convolution, stems, shortcuts,
 # re-parameterised branches, SAME padding, fixed sizes, several outputs, nothing to convert at all.
-SAMPLE = (
+SAMPLE = (  # noqa: SIM905
     "timm:mobilenetv1_100 timm:mobilenetv2_100 timm:mobilenetv3_small_050 timm:mobilenetv3_large_100 "
     "timm:mobilenetv4_conv_small timm:mobilenetv4_hybrid_medium timm:efficientnet_b0 timm:tf_efficientnet_b0 "
     "timm:tf_efficientnet_lite0 timm:efficientnet_es timm:mixnet_s timm:tf_mixnet_s timm:mnasnet_small timm:fbnetc_100 "
@@ -32,7 +32,7 @@ SAMPLE = (
     "torchvision:squeezenet1_1 torchvision:ssdlite320_mobilenet_v3_large torchvision:lraspp_mobilenet_v3_large "
     "bsconv:mobilenetv1_w1_bsconvu bsconv:cifar_resnet20_bsconvu bsconv:cifar_wrn16_4_bsconvu "
     "bsconv:cifar_mobilenetv3_small_w1_bsconvs_p1d6"
-).split()  # noqa: SIM905
+).split()
 
 
 def bsconv_sources() -> list[str]:

@@ -31,6 +31,7 @@ from benchmarks.tables import FAULTS, totals, write_tables
 ROOT = Path(__file__).parent.parent
 CACHE = Path(__file__).parent / ".coverage-cache" / "rows.jsonl"
 PROCESSES = 2
+STARTING = 120.0  # seconds a worker may take to import its libraries, on top of its first model's time
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Worker:
     pipe: Connection
     name: str = ""
     since: float = 0.0
+    ready: bool = False
 
     @classmethod
     def start(cls) -> Worker:
@@ -116,13 +118,13 @@ def _collect(worker: Worker, ready: bool, timeout: float) -> dict[str, Any] | No
     if ready:
         try:
             row: dict[str, Any] | None = worker.pipe.recv()
-            worker.since = time.monotonic()
+            worker.ready, worker.since = True, time.monotonic()
             return row
         except EOFError:
             worker.process.join()
             why = f"the process died with exit status {worker.process.exitcode}"
             return Result(worker.name, "crash", seconds=seconds, reason=why).to_dict()
-    if seconds > timeout:
+    if seconds > (timeout if worker.ready else timeout + STARTING):
         return Result(worker.name, "timeout", seconds=seconds, reason=f"over {timeout:g} seconds").to_dict()
     return None
 
