@@ -28,6 +28,7 @@ from padfree.record import check_input_size, default_input_size, first_line
 __all__ = ["to_exported_program", "to_onnx"]
 
 OPSET = 18  # the first with everything the converted networks need, and the exporter's own
+_HINT = "Hint: a network tied to one image size takes dynamic_sides=False"
 _TRACED_BATCH = 2
 _AXES = {0: "batch", 2: "height", 3: "width"}
 _TOLERANCE = 1e-3  # of the largest output; the two runtimes round differently, a wrong file is off by about 1
@@ -112,7 +113,16 @@ def to_exported_program(
     target = check_target(path)
     program, _ = _program(model, input_size, dynamic_sides)
     with replacing(target) as temporary, _quietly(), temporary.open("wb") as file:
-        torch.export.save(program, file)
+        try:
+            torch.export.save(program, file)
+        except OSError:
+            raise
+        except Exception as error:  # torch has no file form for every expression of a free side
+            place = _module_of_node(program, model, error)
+            raise PadfreeError(
+                f"{type(model).__name__} cannot be saved as a program: {place}{_cause(error)}"
+                + (f". {_HINT}" if dynamic_sides else "")
+            ) from error
     return target
 
 
@@ -150,9 +160,7 @@ def _export_failure(model: nn.Module, error: Exception, size: tuple[int, ...], d
     shape = "x".join(map(str, size))
     place = _place(_deepest(model, error))
     text = f"{type(model).__name__} cannot be exported at {shape}: {place}{_cause(error)}"
-    if dynamic_sides:
-        text += ". Hint: a network tied to one image size takes dynamic_sides=False"
-    return text
+    return f"{text}. {_HINT}" if dynamic_sides else text
 
 
 def _small_maps() -> AbstractContextManager[Any]:
@@ -236,17 +244,19 @@ def _deepest(model: nn.Module, error: BaseException) -> str | None:
 
 
 def _module_of_node(program: torch.export.ExportedProgram, model: nn.Module, error: BaseException) -> str:
-    """Where the graph node that an ONNX error names comes from: "`path`: ", or "" if it names none."""
+    """Where the graph node that an error names comes from: "`path`: ", or "" if it names none."""
     texts = []
     cause: BaseException | None = error
     while cause is not None:
         texts.append(str(cause))
         cause = cause.__cause__ or cause.__context__
-    named = re.search(r"node %(\w+)", "\n".join(texts))
+    named = re.search(r"node %?(\w+)", "\n".join(texts))
     if named is None:
         return ""
     paths = {path for path, _ in model.named_modules()}
-    for node in [*program.graph.nodes, *program.run_decompositions().graph.nodes]:
+    with _quietly():
+        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
+    for node in nodes:
         if node.name == named[1]:
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             inside = [str(entry[0]).removeprefix("L['self'].") for entry in stack]

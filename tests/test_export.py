@@ -153,9 +153,7 @@ def test_errors_name_the_module_and_leave_no_file(tmp_path):
     with pytest.raises(padfree.PadfreeError, match=r"cannot be written as ONNX: `stage\.1`: .*matrix_exp"):
         to_onnx(Block(Unwritable()).eval(), target, (3, 16, 16), dynamic_sides=False)
     for write in (to_onnx, to_exported_program):
-        with pytest.raises(
-            padfree.PadfreeError, match=r"cannot be exported at 3x16x16: `stage\.1`: .*data-dep"
-        ):
+        with pytest.raises(padfree.PadfreeError, match=r"cannot be exported at 3x16x16: `stage\.1`: .*data-dep"):
             write(Block(Undecided()).eval(), target, (3, 16, 16))
     with pytest.raises(padfree.PadfreeError, match=r"exported at 7x16x16: `conv`: .*channels"):
         to_onnx(Block(nn.ReLU()).eval(), target, (7, 16, 16))
@@ -209,10 +207,14 @@ SWEEP = [
 def test_onnx_runtime_and_torch_agree_on_converted_models(name, tmp_path):
     model = converted(name)
     path = to_onnx(model, tmp_path / "model.onnx", (3, 128, 128))
-    program = torch.export.load(to_exported_program(model, tmp_path / "model.pt2", (3, 128, 128)))
-    for shape in ((1, 3, 128, 128), (2, 3, 97, 64), (1, 3, 63, 63)):
+    if name.startswith("tf_"):  # its SAME padding of the stem computes with ceil, which torch does not save
+        with pytest.raises(padfree.PadfreeError, match=r"saved as a program: .*ceil.*dynamic_sides=False"):
+            to_exported_program(model, tmp_path / "model.pt2", (3, 128, 128))
+    free = not name.startswith("tf_")
+    program = torch.export.load(to_exported_program(model, tmp_path / "model.pt2", (3, 128, 128), dynamic_sides=free))
+    for shape in ((1, 3, 128, 128), (2, 3, 97, 128), (1, 3, 63, 63)):
         x = images(*shape)
         out = expected(model, x)
         assert_close(run_onnx(path, x), out, rtol=1e-4, atol=1e-4)
-        if min(shape[2:]) > 95:
+        if shape[2:] == (128, 128) or (free and min(shape[2:]) > 95):
             assert_close(program.module()(x), out, rtol=1e-4, atol=1e-4)
