@@ -93,9 +93,7 @@ def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
     command = commands.add_parser("compare", help="original against padfree over seeds", epilog=EPILOG)
     _add_recipe(command)
-    command.add_argument(
-        "--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)"
-    )
+    command.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: %(default)s)")
     command.add_argument("--variants", default="original,padfree", help="default: %(default)s")
     command.add_argument("--out", type=Path, help="folder (default: runs/NAME/compare)")
     command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
@@ -184,9 +182,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .evaluate import evaluate_run
     from .report import write_json
 
-    result = evaluate_run(
-        arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu
-    )
+    result = evaluate_run(arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu)
     if arguments.json:
         write_json(result, arguments.json)
     else:

@@ -74,9 +74,7 @@ def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
         PadfreeError: the convention is unknown.
     """
     if convention not in get_args(Convention):
-        raise PadfreeError(
-            f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}"
-        )
+        raise PadfreeError(f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}")
     device = "cpu" if convention == "fvcore" else "meta"
     ghost = copy.deepcopy(model).to(device).eval()
     image = torch.zeros(1, 3, input_side, input_side, device=device)

@@ -130,9 +130,7 @@ def _stanford_dogs(recipe: Recipe, train: bool, transform: Transform) -> Any:
             f"extract lists.tar again"
         ) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(
-            f"{root}: the lists of Stanford Dogs are damaged ({error}); extract lists.tar again"
-        ) from error
+        raise DataError(f"{root}: the lists of Stanford Dogs are damaged ({error}); extract lists.tar again") from error
 
 
 def fetch_stanford_dogs(root: Path, sources: Any) -> None:
@@ -195,8 +193,7 @@ def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
         )
     except Exception as error:  # the readers' packages raise kinds of their own
         raise DataError(
-            f"timm's reader {data.reader!r} cannot open split {split!r} at {data.root}: "
-            f"{type(error).__name__}: {error}"
+            f"timm's reader {data.reader!r} cannot open split {split!r} at {data.root}: {type(error).__name__}: {error}"
         ) from error
     dataset.transform = transform
     return dataset

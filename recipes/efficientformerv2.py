@@ -47,9 +47,7 @@ def replace_downsampling(model: nn.Module, spec: EfficientFormerSpec, input_side
     return model
 
 
-def _shapes(
-    model: nn.Module, paths: tuple[str, ...], input_side: int
-) -> dict[str, tuple[torch.Size, torch.Size]]:
+def _shapes(model: nn.Module, paths: tuple[str, ...], input_side: int) -> dict[str, tuple[torch.Size, torch.Size]]:
     """Input and output shapes of the blocks, for one image of `input_side` pixels."""
     shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
     handles = []

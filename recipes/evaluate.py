@@ -25,23 +25,23 @@ class Scores:
     """
 
     def __init__(self, num_classes: int, device: torch.device) -> None:
-        from torchmetrics import MeanMetric, SumMetric
+        from torchmetrics import SumMetric
         from torchmetrics.classification import MulticlassAccuracy
 
         self.top1 = MulticlassAccuracy(num_classes, average="micro").to(device)
-        self.loss = MeanMetric(nan_strategy="disable").to(device)
+        self.loss = SumMetric(nan_strategy="disable").to(device)
         self.images = SumMetric(nan_strategy="disable").to(device)
 
     def update(self, logits: Tensor, targets: Tensor, loss: Tensor) -> None:
         """Add a batch: logits (N, classes), targets (N,), and its mean loss."""
         self.top1.update(logits, targets)
-        self.loss.update(loss.float(), weight=len(targets))
+        self.loss.update(loss.float() * len(targets))
         self.images.update(len(targets))
 
     def compute(self) -> tuple[float, float, int]:
         """Mean loss, accuracy in percent, and number of images, over all processes."""
-        top1, loss, images = self.top1.compute(), self.loss.compute(), self.images.compute()
-        return float(loss), round(100 * float(top1), 4), int(images)
+        top1, total, images = self.top1.compute(), self.loss.compute(), int(self.images.compute())
+        return float(total) / max(1, images), round(100 * float(top1), 4), images
 
 
 @torch.no_grad()

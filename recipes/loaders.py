@@ -26,8 +26,7 @@ def train_loader(accelerator: Any, recipe: Recipe) -> Any:
     batch, world = recipe.training.batch_size, accelerator.num_processes
     if batch % world:
         raise PadfreeError(
-            f"training.batch_size {batch} cannot be shared by {world} processes; "
-            f"set it to a multiple of {world}"
+            f"training.batch_size {batch} cannot be shared by {world} processes; set it to a multiple of {world}"
         )
     with accelerator.main_process_first():  # a download is done once
         dataset = build_dataset(recipe, train=True)
@@ -42,9 +41,7 @@ def train_loader(accelerator: Any, recipe: Recipe) -> Any:
         pin_memory=accelerator.device.type == "cuda",
     )
     if len(loader) == 0:
-        raise PadfreeError(
-            f"{len(dataset)} training images make no batch of {batch}; lower training.batch_size"
-        )
+        raise PadfreeError(f"{len(dataset)} training images make no batch of {batch}; lower training.batch_size")
     return accelerator.prepare_data_loader(loader)
 
 

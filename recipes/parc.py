@@ -124,9 +124,7 @@ class Unit(nn.Module):
         mixer: the spatial operation on the expanded channels.
     """
 
-    def __init__(
-        self, channels_in: int, channels_out: int, stride: int, expansion: int, mixer: nn.Module
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int, mixer: nn.Module) -> None:
         super().__init__()
         wide = channels_in * expansion
         self.residual = stride == 1 and channels_in == channels_out
@@ -136,9 +134,7 @@ class Unit(nn.Module):
                 nn.Conv2d(channels_in, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True)
             )
         self.mix = nn.Sequential(mixer, nn.BatchNorm2d(wide), nn.ReLU6(inplace=True))
-        self.project = nn.Sequential(
-            nn.Conv2d(wide, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
-        )
+        self.project = nn.Sequential(nn.Conv2d(wide, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the unit."""

@@ -41,9 +41,7 @@ def write_json(data: Any, target: str) -> None:
         write_text(Path(target), text)
 
 
-def plain_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console, names: int = 1
-) -> None:
+def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console, names: int = 1) -> None:
     """Print a table: its first columns are names, its others figures."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, heading in enumerate(headings):

@@ -111,8 +111,8 @@ class DataSpec(Section):
     eval_split: str = "val"
     train_samples: PositiveInt | None = None
     eval_samples: PositiveInt | None = None
-    train: tuple[dict[str, dict[str, Any]], ...]
-    eval: tuple[dict[str, dict[str, Any]], ...]
+    train: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)]
+    eval: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)]
     drop_last: bool = False
     workers: NonNegativeInt = 0
 

@@ -77,20 +77,10 @@ def train(run: Run) -> Progress:
     Raises:
         PadfreeError: recipe, data or folder are not right, or the loss is no longer finite.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+    from accelerate.utils import set_seed
 
     recipe, folder = run.recipe, run.path
-    accelerator = Accelerator(
-        cpu=run.cpu,
-        mixed_precision=run.mixed_precision,
-        step_scheduler_with_optimizer=False,
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True, use_seedable_sampler=True, data_seed=run.seed
-        ),
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder)),
-    )
+    accelerator = _accelerator(run)
     network = recipe.build(run.variant, seed=run.seed)
     train_batches, test_batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
     _open(run, accelerator)
@@ -188,6 +178,23 @@ class Step:
             f"(learning rate {self.optimizer.param_groups[0]['lr']:g}); {kept}; lower optimizer.lr or set "
             f"training.clip_norm"
         )
+
+
+def _accelerator(run: Run) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+
+    # several runs in one process (`compare`) may ask for several precisions
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    return Accelerator(
+        cpu=run.cpu,
+        mixed_precision=run.mixed_precision,
+        step_scheduler_with_optimizer=False,
+        dataloader_config=DataLoaderConfiguration(split_batches=True, use_seedable_sampler=True, data_seed=run.seed),
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path)),
+    )
 
 
 def _open(run: Run, accelerator: Any) -> None:

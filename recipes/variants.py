@@ -29,9 +29,7 @@ def variants(recipe: Recipe) -> tuple[str, ...]:
 def build(recipe: Recipe, variant: str, seed: int) -> nn.Module:
     """See `Recipe.build`."""
     if variant not in variants(recipe):
-        raise PadfreeError(
-            f"recipe {recipe.name} has no variant {variant!r}; it has {', '.join(variants(recipe))}"
-        )
+        raise PadfreeError(f"recipe {recipe.name} has no variant {variant!r}; it has {', '.join(variants(recipe))}")
     import padfree
 
     with torch.random.fork_rng(devices=[]):

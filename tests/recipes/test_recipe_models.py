@@ -1,0 +1,176 @@
+"""Source models and their variants."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from padfree.recipes import load, names
+from padfree.recipes.losses import orthonormal_loss
+from padfree.recipes.variants import plan_for, variants
+from torch import nn
+
+from padfree import PadfreeError
+
+BASES = sorted(
+    {
+        f"{row['table']}/{row['model']}"
+        for row in json.loads((Path(__file__).parents[1] / "data" / "paper_rows.json").read_text())
+        if row["measured"]["params"] is not None
+    }
+)
+
+
+def params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_there_are_seventeen_base_models() -> None:
+    assert len(BASES) == 17
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_padding_free_network_runs_and_learns(name: str) -> None:
+    recipe = load(name)
+    model = recipe.build("padfree", seed=0)
+    side = recipe.model.input_side
+    logits = model(torch.randn(2, 3, side, side))
+    assert logits.shape == (2, recipe.model.num_classes)
+    logits.square().mean().backward()
+    without = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+
+
+SECOND = [name for name in names() if name.startswith("cifar100-second/")]
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_the_ablation_takes_the_conversion_apart(name: str) -> None:
+    """Stem and downsampling add up to the whole; ParC's own parameters shrink with the map alone."""
+    recipe = load(name)
+    original, padfree, stem, down = (
+        params(recipe.build(variant)) for variant in ("original", "padfree", "stem-only", "downsampling-only")
+    )
+    assert stem > original
+    assert padfree - original == (stem - original) + (down - original)
+    assert (down < original) == (name.endswith("parc-mobilenetv2"))
+    assert len(SECOND) == 4
+
+
+@pytest.mark.parametrize("variant", ["original", "padfree", "efficientformerv2"])
+def test_equal_seeds_build_equal_networks_and_leave_the_random_state(variant: str) -> None:
+    recipe = load("cifar100-second/shufflenetv2-x1.0")
+    before = torch.get_rng_state()
+    first, second, other = (recipe.build(variant, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(first.state_dict(), second.state_dict(), rtol=0, atol=0)
+    weight = next(iter(first.state_dict()))
+    assert not torch.equal(first.state_dict()[weight], other.state_dict()[weight])
+
+
+def test_original_and_padding_free_start_from_the_same_values() -> None:
+    recipe = load("cifar100-first/resnet20")
+    original, converted = recipe.build("original", seed=1), recipe.build("padfree", seed=1)
+    values = converted.state_dict()
+    shared = {key: value for key, value in original.state_dict().items() if key in values}
+    assert len(shared) == len(original.state_dict())
+    torch.testing.assert_close({key: values[key] for key in shared}, shared, rtol=0, atol=0)
+
+
+def test_variants_are_those_that_the_recipe_has() -> None:
+    assert "efficientformerv2" in variants(load("cifar100-second/ghostnet"))
+    recipe = load("cifar100-first/resnet20")
+    assert "efficientformerv2" not in variants(recipe)
+    with pytest.raises(PadfreeError, match=r"no variant 'efficientformerv2'; it has original, padfree, stem"):
+        recipe.build("efficientformerv2")
+
+
+def test_the_plan_is_that_of_the_variant() -> None:
+    recipe = load("cifar100-first/resnet20")
+    assert plan_for(recipe, "original") is None
+    plan = plan_for(recipe, "stem-only")
+    assert plan is not None and {match.rule for match in plan.matches} == {"stem"}
+    whole = plan_for(recipe, "padfree")
+    assert whole is not None
+    assert sorted(match.rule for match in whole.matches) == ["dense"] * 2 + ["projection"] * 2 + ["stem"]
+
+
+def test_strides_are_set_by_path(small: Path) -> None:
+    model = load(small, ["model.strides={backbone.stage2.unit1.conv2.conv.dw: 2}"]).build("original")
+    assert model.get_submodule("backbone.stage2.unit1.conv2.conv.dw").stride == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model.strides={nowhere: 2}", "ResNet has no module 'nowhere'"),
+        ("model.strides={backbone.data_bn: 2}", "'backbone.data_bn' is a BatchNorm2d, not a conv"),
+        ("model.name=resnet1000", "builder bsconv cannot make resnet1000"),
+        ("model.arguments={width: 3}", "builder bsconv cannot make .* with {'width': 3}"),
+        ("efficientformerv2={blocks: [nowhere]}", "ResNet has no 'nowhere'"),
+        ("efficientformerv2={blocks: [backbone.stage1]}", "blocks that halve a square map"),
+    ],
+)
+def test_what_cannot_be_built_is_told(change: str, words: str, small: Path) -> None:
+    variant = "efficientformerv2" if change.startswith("eff") else "original"
+    with pytest.raises(PadfreeError, match=words):
+        load(small, [change]).build(variant)
+
+
+def test_parc_takes_whole_maps_only() -> None:
+    with pytest.raises(PadfreeError, match=r"got input side 100"):
+        load("vegfru-292/parc-mobilenetv2", ["model.input_side=100"]).build("original")
+
+
+# -- BSConv-S ---------------------------------------------------------------------------------------
+
+BSCONVS = "cifar100-first/mobilenetv3-large-bsconvs"
+
+
+def test_bsconvs_is_plain_mobilenetv3_but_for_its_loss() -> None:
+    plain, separable = load("cifar100-first/mobilenetv3-large"), load(BSCONVS)
+    one, two = plain.build("padfree", seed=0).eval(), separable.build("padfree", seed=0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(one(images), two(images))
+    assert not hasattr(one, "reg_loss") and hasattr(two, "reg_loss")
+
+
+def test_the_orthonormal_loss_is_its_formula() -> None:
+    model = load(BSCONVS).build("original")
+    wanted = 0.0
+    weights = [p for key, p in model.named_parameters() if key.endswith("conv3.conv.weight")]
+    assert len(weights) == 15
+    for weight in weights:
+        rows = weight.detach().double()[:, :, 0, 0].numpy()
+        gram = rows @ rows.T
+        for index in range(len(gram)):
+            gram[index, index] -= 1
+        wanted += float((gram**2).sum() ** 0.5)
+    assert orthonormal_loss(model).item() == pytest.approx(0.1 * wanted, rel=1e-5)
+    assert orthonormal_loss(model, 0.3).item() == pytest.approx(0.3 * wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("made_by", ["convert", "deepcopy"])
+def test_a_copy_carries_a_loss_of_its_own_weights(made_by: str) -> None:
+    recipe = load(BSCONVS)
+    converted = recipe.build("padfree")
+    model = converted if made_by == "convert" else copy.deepcopy(converted)
+    before = model.reg_loss().item()
+    other = recipe.build("original") if made_by == "convert" else converted
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert model.reg_loss().item() == before
+    model.reg_loss().backward()
+    touched = {key for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert touched == {key for key, _ in model.named_parameters() if key.endswith("conv3.conv.weight")}
+    assert all(parameter.grad is None for parameter in other.parameters())
+
+
+def test_the_loss_of_a_network_without_bottlenecks_is_refused() -> None:
+    with pytest.raises(PadfreeError, match=r"Linear has no linear bottleneck .*orthonormal_weight to 0"):
+        orthonormal_loss(nn.Linear(2, 2))
