@@ -125,7 +125,10 @@ def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Mo
     """
     maker = abc.ABCMeta if issubclass(type(base), abc.ABCMeta) else type
     made: type[nn.Module] = maker.__new__(type(base), base.__name__, (nn.Module,), members)
-    made.__bases__ = (base,)  # unlike class creation, this calls no __init_subclass__
+    try:
+        made.__bases__ = (base,)  # unlike class creation, this calls no __init_subclass__
+    except TypeError:  # a base with slots
+        made = maker.__new__(type(base), base.__name__, (base,), members)
     return made
 
 

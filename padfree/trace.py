@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import inspect
 import operator
+import random
+import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +22,14 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
-from padfree.record import Call, Op, Recorder, Recording, Value, _collect, _storage, first_line
+from padfree.record import Call, Op, Recorder, Recording, Value, _collect, _key, _storage, first_line
 from padfree.reforward import quiet_subclass
 
 Locked = tuple[tuple[str, Any], ...]
 _SIMPLE = (bool, int, float, str, type(None))
 _OPAQUE = "<object>"
+_ABSENT = "<absent>"
+_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 
 
 @dataclass(frozen=True)
@@ -93,14 +98,19 @@ class _Spy:
         def __getattribute__(this: Any, name: str) -> Any:
             value = base.__getattribute__(this, name)
             if name not in plain and not (name.startswith("__") and name.endswith("__")):
-                if name in object.__getattribute__(this, "__dict__"):
+                if name in object.__getattribute__(this, "__dict__") or _is_class_state(base, name):
                     self.reads.setdefault(name, value)
                 elif inspect.ismethod(value) and not hasattr(nn.Module, name) and name != "forward":
                     self.methods.add(name)
             return value
 
         def __getattr__(this: Any, name: str) -> Any:
-            value = base.__getattr__(this, name)
+            try:
+                value = base.__getattr__(this, name)
+            except AttributeError:  # `hasattr(self, ...)`: that there is none is baked
+                if not name.startswith("__"):
+                    self.reads.setdefault(name, _ABSENT)
+                raise
             if value is None:  # an absent child, parameter or buffer: its absence is baked
                 self.reads.setdefault(name, None)
             return value
@@ -127,12 +137,53 @@ class _Spy:
         for name in ("_modules", "_parameters", "_buffers"):
             state[name] = state[name].copy()
         state["training"] = training
+        plain = nn.Module().__dict__
+        self.held = {name: value for name, value in state.items() if name not in plain and _has_state(value)}
+        self.snapshots = {name: _snapshot(value) for name, value in self.held.items()}
         object.__getattribute__(stand_in, "__dict__").update(state)
         return stand_in
+
+    def changed(self) -> list[str]:
+        """Attributes whose containers or objects the forward wrote into."""
+        return [name for name, value in self.held.items() if not _alike(_snapshot(value), self.snapshots[name])]
 
     def locked(self) -> Locked:
         """What the forward read, as (name, value); values that do not compare simply are opaque."""
         return tuple(sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items()))
+
+
+def _is_class_state(base: type[nn.Module], name: str) -> bool:
+    """Whether `name` is a plain value, or a slot, of a user's class: an instance could be given its own."""
+    if hasattr(nn.Module, name):
+        return False
+    value = inspect.getattr_static(base, name, _SIMPLE)
+    return value is not _SIMPLE and (inspect.ismemberdescriptor(value) or not hasattr(type(value), "__get__"))
+
+
+def _has_state(value: Any) -> bool:
+    """Whether a forward could write into `value` unseen: a container, or an object of a user's class."""
+    if type(value) in _CONTAINERS:
+        return True
+    known = isinstance(value, (torch.Tensor, nn.Module, type, *_SIMPLE[:-1])) or callable(value)
+    return not known and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _snapshot(value: Any, depth: int = 3) -> Any:
+    """Containers (and attributes of objects) as nested tuples, whose leaves compare by identity."""
+    if depth and type(value) in _CONTAINERS:
+        items = list(value.items()) if isinstance(value, dict) else list(value)
+        return tuple(_snapshot(item, depth - 1) for item in items)
+    if depth and type(value) is tuple:
+        return tuple(_snapshot(item, depth) for item in value)
+    if depth and _has_state(value):
+        return tuple((name, _snapshot(item, depth - 1)) for name, item in vars(value).items())
+    return value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if type(a) is tuple and type(b) is tuple:
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return a is b
 
 
 def _is_simple(value: Any) -> bool:
@@ -200,14 +251,25 @@ def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     tracer.arguments = _bind(stand_in, call, where)
     spy.writes.clear()
     try:
+        chance = _random_states()
         graph = tracer.trace(stand_in)
     except Exception as error:
         raise Refusal(
             f"the forward of {where} cannot be traced: {type(error).__name__}: {first_line(error)}"
         ) from error
+    if _random_states() != chance:
+        raise Refusal(f"the forward of {where} draws random numbers of its own")
+    if changed := spy.changed():
+        raise Refusal(f"the forward of {where} writes into its own attribute `{changed[0]}`")
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
+
+
+def _random_states() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    drawn = () if numpy is None else numpy.random.get_state()[1:3]
+    return (random.getstate(), bytes(torch.get_rng_state().tolist()), *(str(part) for part in drawn))
 
 
 def _bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -243,13 +305,16 @@ class _LinkingInterpreter(fx.Interpreter):
         self.recorder = recorder
         self.node_of_value: dict[int, fx.Node] = {}
         self.node_of_op: list[fx.Node] = []
+        self.results: dict[fx.Node, tuple[tuple[Any, ...], int]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
         result = super().run_node(n)
         self.node_of_op += [n] * (len(self.recorder.ops) - len(self.node_of_op))
         if isinstance(result, torch.Tensor) and n.op != "output":
-            self.node_of_value.setdefault(self.recorder.value(result), n)
+            value = self.recorder.value(result)
+            self.node_of_value.setdefault(value, n)
+            self.results[n] = (_key(result), value)
         return result
 
 
@@ -282,9 +347,25 @@ def _link(
     if [op.kind for op in recorded] != [op.kind for op in ops_after]:
         raise Refusal(f"the forward of {where} does not do the same twice")
     to_global = _value_table(call, recorded, ops_after)
+    _follow_in_place(graph, interpreter)
     nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
     return nodes, anchors
+
+
+def _follow_in_place(graph: fx.Graph, interpreter: _LinkingInterpreter) -> None:
+    """Let what reads a tensor after an in-place operation on it read that operation's result, the same tensor.
+
+    After `F.relu_(y)` whose result is dropped, `y` means the activation; an edit behind it must reach `y`.
+    """
+    place = {node: index for index, node in enumerate(graph.nodes)}
+    latest: dict[tuple[Any, ...], fx.Node] = {}
+    for node, (key, value) in interpreter.results.items():
+        earlier = latest.get(key)
+        if earlier is not None and interpreter.results[earlier][1] != value:
+            for user in [user for user in earlier.users if place[user] > place[node]]:
+                user.replace_input_with(earlier, node)
+        latest[key] = node
 
 
 _IN_PLACE = {
