@@ -1,7 +1,8 @@
 """What the benchmarks share: interleaved timing in one process, ratios run by run, the machine's name.
 
 Timings on a shared machine drift, so nothing is compared across processes or minutes: candidates take
-turns, each turn gives one ratio, and the median of those ratios is reported with its quartiles.
+turns, each turn gives one ratio, and the median of those ratios is reported with its quartiles. What is
+counted is the process's CPU time: with one thread that is the wall clock of an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Timings = dict[str, list[float]]
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 15, seconds: float = 0.1) -> Timings:
-    """Seconds a call of every candidate, one figure a round.
+    """CPU seconds a call of every candidate, one figure a round.
 
     Args:
         candidates: what to time, by name; the first decides how often each is called in a turn.
@@ -45,10 +46,10 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 15
 
 
 def _turn(run: Callable[[], object], calls: int) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - start) / calls
+    return (time.process_time() - start) / calls
 
 
 def ratio(timings: Timings, name: str, base: str) -> dict[str, float]:
