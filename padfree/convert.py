@@ -18,13 +18,13 @@ from padfree.errors import NothingToConvertError, PadfreeError, PlanError, Refus
 from padfree.flow import Flow
 from padfree.layers import StemTail
 from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
-from padfree.record import Recording, record
+from padfree.record import Recording, first_line, record
 from padfree.reforward import is_rewritten
 from padfree.rule import Rule
 from padfree.rule import rules as get_rules
 from padfree.sites import Sites
-from padfree.skeleton import full_copy
-from padfree.surgery import Operation, Surgeon, perform
+from padfree.skeleton import full_copy, kept_random_state
+from padfree.surgery import Operation, SetAttributes, Surgeon, perform
 from padfree.types import Match, Options, PlanData, Skip
 from padfree.verify import verify
 
@@ -40,9 +40,10 @@ class Plan(PlanData):
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
-        sites = Sites(Flow(record(model, self.input_size)))
-        groups = _refind(self, sites)
-        operations = _operations(sites, groups, self.options)
+        with kept_random_state():
+            sites = Sites(Flow(record(model, self.input_size)))
+            groups = _refind(self, sites)
+            operations = _operations(sites, groups, self.options)
         return _finish(model, operations, self, inplace)
 
 
@@ -113,7 +114,13 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PadfreeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
     kind = f"{type(model).__module__}.{type(model).__name__}"
-    if hasattr(model, "_orig_mod"):
+    try:
+        modules = list(model.named_modules())
+    except TypeError as error:
+        raise PadfreeError(
+            f"{kind} holds modules that cannot be told apart ({error}); a dataclass needs @dataclass(eq=False)"
+        ) from error
+    if "_orig_mod" in model._modules:
         raise PadfreeError(
             "the model is wrapped by torch.compile; convert first: torch.compile(padfree.convert(model))"
         )
@@ -132,10 +139,9 @@ def check_model(model: Any) -> None:
         raise PadfreeError("the model is TorchScript; convert the Python model, then script or trace it")
     if isinstance(model, torch.fx.GraphModule):
         raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
-    for name, module in model.named_modules():
-        if hasattr(module, "_packed_params") or type(module).__module__.startswith(
-            ("torch.ao.nn.quantized", "torch.nn.quantized")
-        ):
+    for name, module in modules:
+        packed = "_packed_params" in module.__dict__ or "_packed_params" in module._modules
+        if packed or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")
 
 
@@ -153,9 +159,10 @@ def _plan(
         raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
     selected = get_rules(rule_names)
     everything = tuple(dict.fromkeys((*selected, *get_rules())))
-    sites = Sites(Flow(record(model, input_size)))
-    groups, skips = find(sites, everything, selected, options, include, exclude)
-    kept, operations, failed = _settle(sites, groups, options, selected)
+    with kept_random_state():
+        sites = Sites(Flow(record(model, input_size)))
+        groups, skips = find(sites, everything, selected, options, include, exclude)
+        kept, operations, failed = _settle(sites, groups, options, selected)
     matches = _matches(sites, kept, options, selected)
     recording = sites.recording
     order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
@@ -213,15 +220,21 @@ def _try(
     try:
         operations = _operations(sites, groups, options, selected)
         _verify(sites.recording, operations, options)
-    except Refusal as refusal:
+    except PadfreeError as refusal:
         return None, str(refusal)
     return operations, ""
 
 
 def _verify(recording: Recording, operations: tuple[Operation, ...], options: Options) -> None:
-    trial = perform(copy.deepcopy(recording.model), operations)
+    try:
+        trial = perform(copy.deepcopy(recording.model), operations)
+    except PadfreeError:
+        raise
+    except Exception as error:  # the user's own classes are copied and assigned to here
+        raise Refusal(f"it cannot be carried out: {type(error).__name__}: {first_line(error)}") from error
     resized = [operation.path for operation in operations if hasattr(operation, "shape")]
-    verify(recording, trial, allow_resize=options.allow_resize, resized=resized)
+    given = {op.path: dict(op.values) for op in operations if isinstance(op, SetAttributes)}
+    verify(recording, trial, allow_resize=options.allow_resize, resized=resized, given=given)
 
 
 def _operations(

@@ -7,8 +7,12 @@ padfree looks, so the weightless copy carries none.
 from __future__ import annotations
 
 import copy
+import random
+import sys
 import types
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +30,20 @@ _HOOK_DICTS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave every CPU random generator as it was: a recorded forward, or a trial copy, may draw numbers."""
+    numpy = sys.modules.get("numpy")
+    python, drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(drawn)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -5,7 +5,8 @@ and pads, resizes and rolls no more than before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -16,7 +17,12 @@ _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll",
 
 
 def verify(
-    original: Recording, converted: nn.Module, *, allow_resize: bool = False, resized: Iterable[str] = ()
+    original: Recording,
+    converted: nn.Module,
+    *,
+    allow_resize: bool = False,
+    resized: Iterable[str] = (),
+    given: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Run the converted copy on the recording's input size and compare.
 
@@ -25,6 +31,7 @@ def verify(
         converted: a copy of `original.model` that the operations were carried out on.
         allow_resize: accept new pads, interpolations and rolls.
         resized: parameters that may have another shape.
+        given: attributes that were set, by module path.
 
     Raises:
         Refusal: what differs, with the sizes.
@@ -40,6 +47,7 @@ def verify(
         len(a) != len(b) or a[:2] != b[:2] for a, b in zip(before_shapes, after_shapes, strict=True)
     ):
         raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
+    _check_obeyed(after, given or {})
     if not allow_resize:
         _check_resizing(original, after)
 
@@ -52,6 +60,16 @@ def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -
     for key, shape in before.items():
         if after[key] != shape and key not in resized:
             raise Refusal(f"the conversion would change the shape of `{key}`")
+
+
+def _check_obeyed(after: Recording, given: Mapping[str, Mapping[str, Any]]) -> None:
+    """Convolutions run with the stride and padding they were given, not with numbers of their own."""
+    for op in after.ops:
+        path = _path(after, op) if op.kind == "convolution" else ""
+        for name, position in (("stride", 3), ("padding", 4)):
+            value, used = given.get(path, {}).get(name), tuple(op.args[0][position]) if path else ()
+            if isinstance(value, tuple) and len(value) == len(used) and value != used:
+                raise Refusal(f"`{path}` runs with {name} {used} whatever its attribute `{name}` says")
 
 
 def _check_resizing(before: Recording, after: Recording) -> None:
