@@ -21,14 +21,23 @@ def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
     """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
     first = {conv.op for conv in sites.first}
     for conv in sites.convs.values():
-        if max(conv.stride) > 1 and max(conv.kernel) >= 3 and conv.op not in first and sites.flow.is_map(conv.source):
+        if max(conv.stride) < 2 or max(conv.kernel) < 3 or conv.fixed:
+            continue
+        if conv.op not in first and sites.flow.is_map(conv.source):
             site = sites.site(conv)
             if not any(point.op in first for point in site.paired):
                 yield conv, site
 
 
+def out_of_scope(sites: Sites, conv: Conv) -> str:
+    """Why the method has nothing to say on a strided convolution, or ""."""
+    if sites.flow.feeds_only_attention(conv.out):
+        return "it only subsamples the keys and values of an attention"
+    return conv.out_of_scope()
+
+
 def trouble(sites: Sites, conv: Conv) -> str:
-    """Why a strided convolution is left alone, or ""."""
+    """Why a strided convolution cannot be rewritten, or ""."""
     found = conv.trouble()
     if found:
         return found
@@ -37,8 +46,6 @@ def trouble(sites: Sites, conv: Conv) -> str:
         return f"its module is called {calls} times in one forward"
     if min(sites.flow.size(conv.source)) < 3:
         return f"its input of {sites.flow.size(conv.source)} pixels is smaller than the 3x3 window"
-    if sites.flow.feeds_only_attention(conv.out):
-        return "it only subsamples the keys and values of an attention"
     return ""
 
 
@@ -80,7 +87,11 @@ def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: dict[str,
 
 def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Site) -> Match | Skip:
     """A match for one conv of a site: its lead carries the pool shortcut, the others only shrink."""
-    found = next((f"`{part.path}`: {why}" for part in site.convs if (why := trouble(sites, part))), "")
+    outside = out_of_scope(sites, conv)
+    if outside:
+        return Skip(conv.path, outside, rule, sites.flow.domain(conv.out), in_scope=False)
+    parts = ((part, out_of_scope(sites, part) or trouble(sites, part)) for part in site.convs)
+    found = next((f"`{part.path}`: {why}" for part, why in parts if why), "")
     why = trouble(sites, conv) or found
     if why:
         return Skip(conv.path, why, rule, sites.flow.domain(conv.out))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
+from padfree.geometry import padfree_size
 from padfree.record import Call, Op, Recorder, Recording, _collect
 from padfree.reforward import Names, rewritten_class
 
@@ -43,29 +44,47 @@ def plain_forward(recording: Recording, call: Call, values: dict[str, Any]) -> t
         Refusal: neither way leaves everything but the pad as it was.
     """
     module = recording.modules[call.path]
-    wanted = [op.kind for op in recording.ops[call.ops.start : call.ops.stop] if not _is_pad(op)]
-    for name, value in list(module.__dict__.items()):
-        if value is True and name != "training" and _kinds(module, call, {**values, name: False}) == wanted:
-            return "", (), {name: False}
+    ops = recording.ops[call.ops.start : call.ops.stop]
+    shrunk = next(op for op in ops if op.kind == "convolution" or "pool2d" in op.kind)
+    before = next((op for op in ops if _is_pad(op) and op.outputs[0] in shrunk.inputs), shrunk)
+    size = [padfree_size(side) for side in recording.values[before.inputs[0]].shape[2:]]
+    wanted = ([op.kind for op in ops if not _is_pad(op)], size)
+    flags = [name for name, value in module.__dict__.items() if value is True and name != "training"]
+    for switches in ({}, *({name: False} for name in flags)):
+        if _effect(module, call, {**values, **switches}) == wanted:
+            return "", (), switches
     for base, source in _FORWARDS.items():
-        if isinstance(module, base) and _kinds(module, call, values, base) == wanted:
+        if isinstance(module, base) and _effect(module, call, values, base) == wanted:
             return source, _NAMES[base], {}
     raise Refusal(
         f"`{call.path}` ({type(module).__name__}) pads inside its own forward, which could not be switched off"
     )
 
 
+def shaped_like(value: Any, old: Any) -> Any:
+    """(p, p) as the kind of thing that stood there: an int stays an int, four sides stay four."""
+    if isinstance(value, tuple) and len(set(value)) == 1:
+        if isinstance(old, int) and not isinstance(old, bool):
+            return value[0]
+        if isinstance(old, (list, tuple)) and all(isinstance(side, int) for side in old):
+            return type(old)([value[0]] * len(old))
+    if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
+        return type(old)([value] * len(old))
+    return value
+
+
 def _is_pad(op: Op) -> bool:
-    return op.kind == "constant_pad_nd" and bool(op.inputs)
+    return bool(op.inputs) and op.kind in ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "clone")
 
 
-def _kinds(
+def _effect(
     module: nn.Module, call: Call, values: dict[str, Any], base: type[nn.Module] | None = None
-) -> list[str] | None:
-    """Kinds of the operations the module issues with `values` set (and the forward of `base`)."""
-    before, kind = dict(module.__dict__), type(module)
+) -> tuple[list[str], list[int]] | None:
+    """What the module does with `values` set (and the forward of `base`): operations but pads, output size."""
+    state, kind = dict(module.__dict__), type(module)
     try:
-        module.__dict__.update({name: value for name, value in values.items() if name in before})
+        new = {name: shaped_like(value, state[name]) for name, value in values.items() if name in state}
+        module.__dict__.update(new)
         if base is not None:
             module.__class__ = rewritten_class(kind, _FORWARDS[base], _NAMES[base], ())
         recorder = Recorder()
@@ -74,11 +93,11 @@ def _kinds(
         for tensor in tensors:
             recorder.enter(tensor)
         with recorder:
-            type(module).forward(module, *call.arguments[0], **call.arguments[1])
+            out = type(module).forward(module, *call.arguments[0], **call.arguments[1])
     except Exception:  # this way does not work; the caller tries the next or refuses
         return None
     finally:
         module.__dict__.clear()
-        module.__dict__.update(before)
+        module.__dict__.update(state)
         module.__class__ = kind
-    return [op.kind for op in recorder.ops]
+    return [op.kind for op in recorder.ops if not _is_pad(op)], list(out.shape[2:])

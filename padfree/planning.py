@@ -109,7 +109,7 @@ def _shrinks_alike(sites: Sites, op: Op) -> bool:
     if out == tuple(padfree_size(side) for side in source):
         conv = sites.convs.get(op.index)
         return conv is None or not conv.padded
-    return max(_strides(op)) == 1
+    return max(_strides(op)) == 1 or out[0] > source[0]
 
 
 def _strides(op: Op) -> tuple[int, ...]:

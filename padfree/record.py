@@ -22,6 +22,16 @@ from padfree.errors import PadfreeError
 from padfree.skeleton import bare_copy, meta_copy
 
 
+class ForwardFailedError(Exception):
+    """A recorded forward raised: the path of the module it was in, the shapes that module was given."""
+
+    def __init__(self, path: str, shapes: list[tuple[int, ...]], cause: Exception) -> None:
+        super().__init__(f"{type(cause).__name__}: {first_line(cause)}")
+        self.path = path
+        self.shapes = shapes
+        self.cause = cause
+
+
 class Ref(NamedTuple):
     """Stands for a tensor among an operation's recorded arguments."""
 
@@ -304,7 +314,7 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
     except Exception as error:
         shape = "x".join(map(str, size))
         raise PadfreeError(
-            f"{type(model).__name__} does not run on a {shape} input: {type(error).__name__}: {first_line(error)}. "
+            f"{type(model).__name__} does not run on a {shape} input: {first_line(error)}. "
             "Hint: pass input_size=(C, H, W) that the model takes"
         ) from error
 
@@ -345,6 +355,11 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     try:
         with recorder:
             result = model(*example)
+    except Exception as error:
+        where = tracker.calls[recorder.stack[-1]] if recorder.stack[-1] >= 0 else None
+        shapes = [recorder.values[value].shape for value in where.inputs] if where is not None else []
+        raise ForwardFailedError("" if where is None else where.path, shapes, error) from error
+    try:
         found: list[torch.Tensor] = []
         _collect((result,), found)
         outputs = tuple(recorder.value(tensor) for tensor in found)

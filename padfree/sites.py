@@ -8,6 +8,7 @@ the parts of a split that are concatenated again, or linear branches of one inpu
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from padfree.flow import AFFINE, NORMS, VIEWS, Chain, Flow, data_input, plain_ki
 from padfree.geometry import effective_kernel, padfree_padding
 from padfree.record import Op, Ref
 
+_PARTS = frozenset({"slice", "split", "split_with_sizes", "unbind", "select"})
 _PADS = frozenset({"constant_pad_nd", "reflection_pad2d", "replication_pad2d", "_pad_circular"})
 
 
@@ -31,6 +33,7 @@ class Conv:
         padding: zeros at (top, bottom, left, right), those of a pad before it included.
         pad: index of a pad operation before it that only it reads (-1: none).
         pad_mode: "zeros", or what the pad fills in.
+        fixed: its filter is not learnt (BlurPool): a pool rather than a convolution.
     """
 
     op: int
@@ -47,6 +50,7 @@ class Conv:
     padding: tuple[int, int, int, int]
     pad: int
     pad_mode: str
+    fixed: bool
 
     @property
     def depthwise(self) -> bool:
@@ -74,18 +78,22 @@ class Conv:
         reduced = padfree_padding(self.spans[0])
         return self.padding[0] + self.padding[1] > 2 * reduced
 
-    def trouble(self) -> str:
-        """Why this stride-2 convolution has no padding-free form, or ""."""
+    def out_of_scope(self) -> str:
+        """Why the method has nothing to say on this strided convolution, or ""."""
         if self.stride != (2, 2):
             return f"its stride is {_by(self.stride)}; padding-free downsampling is defined for 2x2"
-        if self.spans[0] != self.spans[1] or self.padding[:2] != self.padding[2:]:
-            return f"its kernel {_by(self.spans)} or padding {self.padding} differs between the axes"
         if self.pad_mode != "zeros":
             return f"it pads with {self.pad_mode}, not zeros: there is no made-up border to drop"
         if self.spans[0] % 2 == 0:
             return f"its kernel spans {_by(self.spans)}; an odd kernel of at least 3 is needed"
         if not self.padded:
             return "it is padding-free already"
+        return ""
+
+    def trouble(self) -> str:
+        """Why this stride-2 convolution cannot be given its padding-free form, or ""."""
+        if self.spans[0] != self.spans[1] or self.padding[:2] != self.padding[2:]:
+            return f"its kernel {_by(self.spans)} or padding {self.padding} differs between the axes"
         if not self.is_module:
             return "it is a function call; padfree rewrites convolution modules (use an nn.Conv2d)"
         return ""
@@ -150,8 +158,26 @@ class Sites:
             op=op.index, path=path, is_module=is_module, source=source, out=op.outputs[0],
             in_channels=channels, out_channels=weight[0], kernel=(weight[2], weight[3]),
             stride=_pair(positional[3]), dilation=_pair(positional[5]), groups=positional[8],
-            padding=padding, pad=pad, pad_mode=mode,
+            padding=padding, pad=pad, pad_mode=mode, fixed=not self._learnt(positional[1].value),
         )  # fmt: skip
+
+    def _learnt(self, weight: int) -> bool:
+        """Whether a weight is a parameter, or made from one or from the input."""
+        stack, seen = [weight], {weight}
+        while stack:
+            value = self.flow.values[stack.pop()]
+            parameter = value.name and value.name in self._parameters
+            if value.live or parameter or (value.producer < 0 and not value.name):
+                return True
+            if value.producer >= 0:
+                found = [ref for ref in _refs(self.flow.ops[value.producer].args) if ref not in seen]
+                seen.update(found)
+                stack.extend(found)
+        return False
+
+    @functools.cached_property
+    def _parameters(self) -> set[str]:
+        return {name for name, _ in self.recording.model.named_parameters()}
 
     def _owner(self, op: Op) -> tuple[str, bool]:
         recording = self.recording
@@ -236,10 +262,9 @@ class Sites:
         if op.index in self.convs:
             conv = self.convs[op.index]
             return [conv] if conv.source == source and conv.stride == (2, 2) else None
-        kind = plain_kind(op)
-        if op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1):
+        if self._is_linear(op):
             return self._branch(op.inputs[0], source)
-        if kind == "add" and len(op.inputs) == 2:
+        if plain_kind(op) == "add" and len(op.inputs) == 2:
             branches = [self._branch(part, source) for part in op.inputs]
             return None if None in branches else [conv for branch in branches for conv in branch or []]
         return None
@@ -263,22 +288,29 @@ class Sites:
         source = self._fork(source)
         if len(flow.consumers(source)) < 2:
             return False
-        while True:
-            after = flow.linear_step(value)
-            if after is not None:
-                value = after
-                continue
-            op = flow.sole_consumer(value)
-            if op is None or not op.outputs:
+        stack, sums = [value], 0
+        while stack:
+            value = stack.pop()
+            readers = flow.consumers(value)
+            if not readers or value in self.recording.outputs:
                 return False
-            if op.kind in {"convolution", "avg_pool2d"}:
-                value = op.outputs[0]
-            elif plain_kind(op) == "add" and len(op.inputs) == 2:
-                other = next(part for part in op.inputs if part != value)
-                found, bent = flow.reaches(other, source)
-                return found and bent
-            else:
-                return False
+            for op in (flow.ops[index] for index in readers):
+                kind = plain_kind(op)
+                joins = (kind == "add" and len(op.inputs) == 2) or kind == "cat"
+                if joins:
+                    others = [flow.reaches(part, source) for part in op.inputs if part != value]
+                    if not any(found and bent for found, bent in others):
+                        return False
+                    sums += kind == "add"
+                elif self._is_linear(op) or kind in _PARTS or op.kind in {"convolution", "avg_pool2d"}:
+                    stack.extend(out for out in op.outputs if flow.consumers(out))
+                else:
+                    return False
+        return sums > 0
+
+    def _is_linear(self, op: Op) -> bool:
+        kind = plain_kind(op)
+        return op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)
 
     def _fork(self, value: int) -> int:
         """Back from `value` through linear operations and convs to a value that several operations read."""
@@ -287,9 +319,7 @@ class Sites:
             op = flow.producer(value)
             if op is None or not op.inputs:
                 break
-            kind = plain_kind(op)
-            linear = op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)
-            if not (linear or op.kind in {"convolution", "avg_pool2d", "constant_pad_nd"}):
+            if not (self._is_linear(op) or op.kind in {"convolution", "avg_pool2d", "constant_pad_nd"}):
                 break
             value = data_input(op) if isinstance(op.args[0][0], Ref) else op.inputs[0]
         return value
@@ -316,3 +346,12 @@ def _pad(op: Op) -> tuple[tuple[int, int, int, int], str]:
 
 def _by(pair: tuple[int, int]) -> str:
     return f"{pair[0]}x{pair[1]}"
+
+
+def _refs(tree: Any) -> Iterator[int]:
+    """Values among recorded arguments."""
+    if isinstance(tree, Ref):
+        yield tree.value
+    elif isinstance(tree, tuple):
+        for item in tree:
+            yield from _refs(item)

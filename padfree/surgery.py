@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from padfree.errors import PadfreeError, Refusal
 from padfree.flow import AVG_POOLS
-from padfree.leaves import plain_forward
+from padfree.leaves import plain_forward, shaped_like
 from padfree.pooling import shortcut_pool
 from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class
 from padfree.sites import Conv, Sites
@@ -322,16 +322,7 @@ def _set_attributes(model: nn.Module, operation: SetAttributes, undo: Undo) -> N
         if name not in module.__dict__:
             raise PadfreeError(f"`{operation.path}` has no plain attribute `{name}` to set")
         undo.append(_restore(module.__dict__, name))
-        module.__dict__[name] = _shaped_like(value, module.__dict__[name])
-
-
-def _shaped_like(value: Any, old: Any) -> Any:
-    """(p, p) as the kind of thing that stood there: an int stays an int."""
-    if isinstance(value, tuple) and len(set(value)) == 1 and isinstance(old, int) and not isinstance(old, bool):
-        return value[0]
-    if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
-        return type(old)([value] * len(old))
-    return value
+        module.__dict__[name] = shaped_like(value, module.__dict__[name])
 
 
 def _restore(table: dict[str, Any], name: str) -> Callable[[], None]:

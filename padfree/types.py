@@ -88,12 +88,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Skip:
-    """One place left alone, with the reason and the values that caused it."""
+    """One place left alone, with the reason and the values that caused it.
+
+    `in_scope` is False where the method defines no rewrite in the first place: a conv that is padding-free
+    already, another stride than 2, a patchify stem, a conv that only subsamples keys and values.
+    """
 
     name: str
     reason: str
     rule: str = ""
     domain: int = -1
+    in_scope: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""

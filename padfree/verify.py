@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
-from padfree.record import Op, Recording, first_line, record
+from padfree.record import ForwardFailedError, Op, Recording, record
 
 _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
 
@@ -39,8 +39,8 @@ def verify(
     _check_state(original.model, converted, set(resized))
     try:
         after = record(converted, like=original)
-    except Exception as error:
-        raise Refusal(_blame(error)) from error
+    except ForwardFailedError as error:
+        raise Refusal(_blame(original, error)) from error
     before_shapes = [original.values[value].shape for value in original.outputs]
     after_shapes = [after.values[value].shape for value in after.outputs]
     if len(before_shapes) != len(after_shapes) or any(
@@ -105,6 +105,9 @@ def _shape_at(recording: Recording, path: str) -> str:
     return str(shapes[0]) if shapes else "not called"
 
 
-def _blame(error: Exception) -> str:
-    """One line: where the converted copy failed and on what sizes."""
-    return f"the converted model would fail: {type(error).__name__}: {first_line(error)}"
+def _blame(original: Recording, error: ForwardFailedError) -> str:
+    """One line: the module that stops the conversion, the sizes it was given before and now, what it said."""
+    was = _shape_at(original, error.path)
+    now = str(error.shapes[0]) if error.shapes else "no tensor"
+    where = f"`{error.path}`" if error.path else "the model's own forward"
+    return f"{where} takes {was} and would get {now}: {error}"

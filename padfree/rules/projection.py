@@ -23,7 +23,7 @@ from torch import nn
 from padfree.downsampling import block_for, strided
 from padfree.errors import Refusal
 from padfree.flow import AVG_POOLS, MAX_POOLS, NORMS, data_input
-from padfree.geometry import padfree_size
+from padfree.geometry import padfree_padding, padfree_size
 from padfree.record import Op
 from padfree.rule import Editor, Example, Rule, register
 from padfree.rules._toys import Residual, net, unit
@@ -51,6 +51,9 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
                 continue
             else:
                 conv = sites.convs[op.index]
+                if conv.fixed and conv.kernel != (1, 1):
+                    yield _blur(sites, conv)
+                    continue
                 found = _projection(sites, options, conv) if conv.kernel == (1, 1) else None
             if found is not None:
                 yield found
@@ -83,6 +86,16 @@ def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
     except Refusal as refusal:
         return Skip(conv.path, str(refusal), NAME, domain)
     return _match(sites, flow.ops[conv.op], conv.path, block.path, detail)
+
+
+def _blur(sites: Sites, conv: Conv) -> Match | Skip:
+    """A parallel conv whose filter is fixed (BlurPool): only its padding goes."""
+    domain = sites.flow.domain(conv.out)
+    if conv.stride != (2, 2) or conv.spans[0] != conv.spans[1] or conv.spans[0] % 2 == 0 or not conv.is_module:
+        return Skip(conv.path, "its fixed filter is not an odd square window of stride 2x2", NAME, domain)
+    padding = padfree_padding(conv.spans[0])
+    detail = {"source": conv.source, "blur": padding}
+    return _match(sites, sites.flow.ops[conv.op], conv.path, conv.path, detail)
 
 
 def _pool(sites: Sites, op: Op) -> Match | Skip:
@@ -156,6 +169,9 @@ def rewrite(match: Match, edit: Editor) -> None:
         edit.pool(op)
         return
     conv, source = edit.sites.convs[op], detail["source"]
+    if "blur" in detail:
+        edit.conv(conv, detail["blur"])
+        return
     if detail["dense"]:
         spec = Spec("dense_reduction", (conv.in_channels, conv.out_channels), conv.path)
         edit.beside(match.block, source, op, conv.out, spec)

@@ -40,12 +40,12 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
         return
     conv = _stem_conv(sites)
     if any(isinstance(module, StemTail) for module in sites.recording.modules.values()):
-        yield Skip(conv.path, "it has a hybrid tail already", NAME)
+        yield Skip(conv.path, "it has a hybrid tail already", NAME, in_scope=False)
         return
     site = sites.site(conv)
-    why = _trouble(sites, conv, site)
-    if why:
-        yield Skip(conv.path, why, NAME)
+    outside = _out_of_scope(sites, conv, site)
+    if outside:
+        yield Skip(conv.path, outside, NAME, in_scope=False)
         return
     try:
         yield _match(sites, options, conv, site)
@@ -65,7 +65,7 @@ def _stem_conv(sites: Sites) -> Conv:
     return first
 
 
-def _trouble(sites: Sites, conv: Conv, site: Site) -> str:
+def _out_of_scope(sites: Sites, conv: Conv, site: Site) -> str:
     kernel, stride = conv.kernel, conv.stride
     one = {part.op for part in (*site.convs, *site.points, *site.paired)}
     others = [part for part in sites.first if part.op not in one]
@@ -77,8 +77,6 @@ def _trouble(sites: Sites, conv: Conv, site: Site) -> str:
         return f"patchify stem: {kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]} windows do not overlap"
     if not _has_padded_downsampling(sites):
         return "the network has no odd stride-2 convolution and no 3x3 stride-2 max-pool"
-    if len(sites.recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
-        return "its module does not run exactly once in a forward"
     return ""
 
 
@@ -92,6 +90,8 @@ def _has_padded_downsampling(sites: Sites) -> bool:
 
 def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     flow, recording = sites.flow, sites.recording
+    if len(recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
+        raise Refusal("its module does not run exactly once in a forward")
     chain = site.chain
     end = chain.end()
     pool = _absorbed(sites, end)
