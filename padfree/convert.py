@@ -6,6 +6,7 @@ record -> match -> plan -> surgery -> verify, first on weightless copies, then o
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ from padfree.surgery import Operation, SetAttributes, Surgeon, perform
 from padfree.types import Match, Options, PlanData, Skip
 from padfree.verify import verify
 
+_one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
+
 
 @dataclass(frozen=True)
 class Plan(PlanData):
@@ -40,7 +43,7 @@ class Plan(PlanData):
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
-        with kept_random_state():
+        with _one_at_a_time, kept_random_state():
             sites = Sites(Flow(record(model, self.input_size)))
             groups = _refind(self, sites)
             operations = _operations(sites, groups, self.options)
@@ -159,7 +162,7 @@ def _plan(
         raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
     selected = get_rules(rule_names)
     everything = tuple(dict.fromkeys((*selected, *get_rules())))
-    with kept_random_state():
+    with _one_at_a_time, kept_random_state():
         sites = Sites(Flow(record(model, input_size)))
         groups, skips = find(sites, everything, selected, options, include, exclude)
         kept, operations, failed = _settle(sites, groups, options, selected)
@@ -284,7 +287,10 @@ def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inp
 
 def _nothing(model: nn.Module, made: Plan) -> str:
     size = "x".join(map(str, made.input_size))
-    seen = "; ".join(f"`{skip.name}`: {skip.reason}" for skip in made.skips[:6])
-    more = f" (and {len(made.skips) - 6} more)" if len(made.skips) > 6 else ""
+    found = list(
+        dict.fromkeys(f"{f'`{skip.name}`' if skip.name else 'its own forward'}: {skip.reason}" for skip in made.skips)
+    )
+    seen = "; ".join(found[:6])
+    more = f" (and {len(found) - 6} more)" if len(found) > 6 else ""
     seen = seen or "no convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
     return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"

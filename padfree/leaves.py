@@ -14,7 +14,7 @@ from torch import nn
 from padfree.errors import Refusal
 from padfree.geometry import padfree_size
 from padfree.record import Call, Op, Recorder, Recording, _collect
-from padfree.reforward import Names, rewritten_class
+from padfree.reforward import Names, rewritten_class, set_class
 
 _FORWARDS: dict[type[nn.Module], str] = {
     nn.Conv2d: "def forward(self, input):\n    return self._conv_forward(input, self.weight, self.bias)\n",
@@ -86,7 +86,7 @@ def _effect(
         new = {name: shaped_like(value, state[name]) for name, value in values.items() if name in state}
         module.__dict__.update(new)
         if base is not None:
-            module.__class__ = rewritten_class(kind, _FORWARDS[base], _NAMES[base], ())
+            set_class(module, rewritten_class(kind, _FORWARDS[base], _NAMES[base], ()))
         recorder = Recorder()
         tensors: list[Any] = []
         _collect(call.arguments, tensors)
@@ -99,5 +99,5 @@ def _effect(
     finally:
         module.__dict__.clear()
         module.__dict__.update(state)
-        module.__class__ = kind
+        set_class(module, kind)
     return [op.kind for op in recorder.ops if not _is_pad(op)], list(out.shape[2:])

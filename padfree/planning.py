@@ -134,7 +134,7 @@ def _entry_reason(sites: Sites, op: Op, skips: list[Skip]) -> tuple[str, str]:
 
 
 def _chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:
-    listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
+    listed = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
     chosen: set[str] = set()
     for pattern in listed:
         if not isinstance(pattern, str):

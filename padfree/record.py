@@ -63,7 +63,7 @@ class Op:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     call: int
-    modes: tuple[bool, bool]
+    grad: bool
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _collect((result,), outputs)
         index = len(self.ops)
         made = tuple(self._new(out, index, bool(live)) for out in outputs)
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"))
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], modes))
+        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
         return result
 
 

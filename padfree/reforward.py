@@ -64,8 +64,14 @@ def _resolve(module: str, qualified: str) -> Any:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class a module had before padfree gave it a generated forward (its own, if it has none)."""
-    base: type[nn.Module] = getattr(type(module), _MARK, type(module))
+    kind = type(module)  # a class made from a generated one (parametrized, say) is its own base
+    base: type[nn.Module] = vars(kind).get(_MARK, kind)
     return base
+
+
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Give a module another class, past a `__setattr__` of the user's."""
+    object.__setattr__(module, "__class__", kind)
 
 
 def is_rewritten(module: nn.Module) -> bool:

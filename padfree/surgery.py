@@ -18,7 +18,7 @@ from padfree.errors import PadfreeError, Refusal
 from padfree.flow import AVG_POOLS
 from padfree.leaves import plain_forward, shaped_like
 from padfree.pooling import shortcut_pool
-from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class
+from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class, set_class
 from padfree.sites import Conv, Sites
 from padfree.specs import Spec
 from padfree.trace import TracedBlock, trace_block
@@ -375,11 +375,11 @@ def _interpolated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
     module = model.get_submodule(operation.path)
     old = type(module)
-    undo.append(lambda: setattr(module, "__class__", old))
+    undo.append(lambda: set_class(module, old))
     source, names, locked = operation.source, operation.names, operation.locked
     if not source and old is not original_class(module):  # sealed already, or rewritten and so sealed
         return
-    module.__class__ = rewritten_class(original_class(module), source, names, locked)
+    set_class(module, rewritten_class(original_class(module), source, names, locked))
 
 
 _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {

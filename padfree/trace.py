@@ -14,7 +14,8 @@ import operator
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,11 +253,14 @@ def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     spy.writes.clear()
     try:
         chance = _random_states()
-        graph = tracer.trace(stand_in)
+        with _counting_autocasts() as autocasts:
+            graph = tracer.trace(stand_in)
     except Exception as error:
         raise Refusal(
             f"the forward of {where} cannot be traced: {type(error).__name__}: {first_line(error)}"
         ) from error
+    if autocasts:
+        raise Refusal(f"the forward of {where} switches autocast on or off, which a generated forward would lose")
     if _random_states() != chance:
         raise Refusal(f"the forward of {where} draws random numbers of its own")
     if changed := spy.changed():
@@ -264,6 +268,23 @@ def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
+
+
+@contextmanager
+def _counting_autocasts() -> Iterator[list[torch.autocast]]:
+    """Collects the autocast contexts entered meanwhile: operations on meta tensors show no trace of them."""
+    entered: list[torch.autocast] = []
+    enter: Any = torch.autocast.__enter__
+
+    def note(self: torch.autocast) -> Any:
+        entered.append(self)
+        return enter(self)
+
+    torch.autocast.__enter__ = note  # type: ignore[method-assign]
+    try:
+        yield entered
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -340,6 +361,8 @@ def _link(
             raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
         finally:
             _set_training(module, False)
+        if [op.grad for op in ops_before] != [op.grad for op in ops_after]:
+            raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
         if original != traced or ops_before != ops_after:
             mode = "train" if training else "eval"
             raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
