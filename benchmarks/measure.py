@@ -65,6 +65,10 @@ class Result:
         return asdict(self)
 
 
+# Skips that leave nothing undone.
+DONE = ("it is padding-free already", "it has a hybrid tail already")
+
+
 class Broken(Exception):
     """A conversion did not keep a promise."""
 
@@ -104,8 +108,8 @@ def _measure(result: Result) -> None:
     _locate(result, before, plan)
     for match in plan.matches:
         setattr(result, match.rule, getattr(result, match.rule) + 1)
-    result.skips = len(plan.skips)
-    result.reason = plan.skips[0].reason if plan.skips else ""
+    left = [skip.reason for skip in plan.skips if skip.reason not in DONE]
+    result.skips, result.reason = len(left), left[0] if left else ""
     if not plan.matches:
         result.status = "refused" if result.candidates else "nothing"
         _expect_refusal(model, before)
@@ -118,7 +122,7 @@ def _measure(result: Result) -> None:
         alone = padfree.plan(model, rules=("depthwise",), input_size=before.input_size)
         result.depthwise_alone = bool(alone.matches)
     result.minimum = minimum_input(before, after)
-    result.status = "part" if plan.skips else "full"
+    result.status = "part" if left else "full"
 
 
 def _build(source: Source) -> tuple[nn.Module, Recording]:

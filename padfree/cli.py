@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
             _run(arguments)
+        sys.stdout.flush()
     except PadfreeError as error:
         print(f"padfree-convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -47,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("padfree-convert: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of a pipe went away; there is nobody to tell
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe went away
     return 0
 
 
@@ -195,11 +196,11 @@ def _write_models(converted: nn.Module, made: Plan, source: Source, targets: dic
     if onnx is not None:
         from padfree.export import to_onnx
 
-        to_onnx(converted, onnx, made.input_size)
+        to_onnx(converted.eval(), onnx, made.input_size)
     if program is not None:
         from padfree.export import to_exported_program
 
-        to_exported_program(converted, program, made.input_size)
+        to_exported_program(converted.eval(), program, made.input_size)
 
 
 def _publish(

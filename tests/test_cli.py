@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import padfree
 from padfree.cli import main
@@ -91,9 +92,7 @@ def test_a_wrong_request_is_one_line_and_status_2(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "text.pt"]
 
 
-def test_an_interrupt_is_one_line(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
@@ -138,9 +137,7 @@ def test_skips_carry_their_reason(capsys: pytest.CaptureFixture[str]) -> None:
     assert "exclude" in report["skips"][0]["reason"]
 
 
-def test_plan_only_converts_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_only_converts_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padfree.Plan, "apply", None)
     assert main([*SMALL, "--plan-only"]) == 0
     assert "5 places to convert" in capsys.readouterr().out
@@ -195,16 +192,16 @@ def test_output_and_json_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_exports_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import types
-
     calls: list[Any] = []
-    fake = types.ModuleType("padfree.export")
-    fake.to_onnx = lambda model, path, size: calls.append(("onnx", path.name, size))  # type: ignore[attr-defined]
-    fake.to_exported_program = lambda model, path, size: calls.append(("program", path.name, size))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "padfree.export", fake)
+
+    def export(model: nn.Module, path: Path, size: tuple[int, ...]) -> None:
+        calls.append((path.name, size, model.training, padfree.is_converted(model)))
+
+    monkeypatch.setattr("padfree.export.to_onnx", export)
+    monkeypatch.setattr("padfree.export.to_exported_program", export)
     argv = [*SMALL, "--onnx", str(tmp_path / "a.onnx"), "--exported-program", str(tmp_path / "a.pt2")]
     assert main(argv) == 0
-    assert calls == [("onnx", "a.onnx", (3, 64, 64)), ("program", "a.pt2", (3, 64, 64))]
+    assert calls == [("a.onnx", (3, 64, 64), False, True), ("a.pt2", (3, 64, 64), False, True)]
 
 
 # as a command
@@ -216,6 +213,11 @@ def test_the_command_in_a_pipe_and_on_a_terminal() -> None:
     assert piped.stdout.startswith("timm:lcnet_035 at 3x64x64: 5 places to convert")
     assert piped.stderr == ""
     assert "\x1b" not in piped.stdout
+
+    unread = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", '"$@" | true', "_", *command], capture_output=True, text=True, timeout=120
+    )
+    assert (unread.returncode, unread.stderr) == (0, "")
 
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
