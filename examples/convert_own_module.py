@@ -21,9 +21,7 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         same = stride == 1 and c_in == c_out
         self.shortcut = (
-            None
-            if same
-            else nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            None if same else nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -16,15 +16,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(
-        rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
 def run(path: Path, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(path)], capture_output=True, text=True, cwd=cwd
-    )
+    done = subprocess.run([sys.executable, "-W", "ignore", str(path)], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

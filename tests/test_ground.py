@@ -46,9 +46,7 @@ def test_import_padfree_loads_torch_alone() -> None:
         f"import sys, padfree; print([name for name in {heavy.split()!r} if name in sys.modules]);"
         "assert 'torch' in sys.modules"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
 
@@ -64,9 +62,7 @@ def imported(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {
-            name.split(".")[1] if "." in name else "" for name in names if name.split(".")[0] == "padfree"
-        }
+        found |= {name.split(".")[1] if "." in name else "" for name in names if name.split(".")[0] == "padfree"}
     public = set(padfree.__all__) - {"compare", "convert"}
     return {"" if name in public else name for name in found}
 
@@ -94,9 +90,7 @@ def test_no_import_goes_in_a_circle() -> None:
     uses = {name: set().union(*map(imported, paths)) - {name} for name, paths in sources().items()}
     while uses:
         free = {name for name, others in uses.items() if not others & uses.keys()}
-        assert free, (
-            f"these import each other: { {name: others & uses.keys() for name, others in uses.items()} }"
-        )
+        assert free, f"these import each other: { {name: others & uses.keys() for name, others in uses.items()} }"
         uses = {name: others for name, others in uses.items() if name not in free}
 
 
@@ -140,9 +134,7 @@ def test_requirements_and_commands() -> None:
 
 def test_the_recipe_files_are_installed() -> None:
     code = "from padfree.recipes.files import LIBRARY; print(len(list(LIBRARY.rglob('*.yaml'))))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) == len(list((ROOT / "recipes" / "library").rglob("*.yaml"))) >= 15
 
 

@@ -66,9 +66,7 @@ def test_pretrained_weights_exist_for_timm_and_torchvision_only(source: str) -> 
         ("torch.nn:Identity", "Identity"),
     ],
 )
-def test_a_model_is_built_by_name_without_weights(
-    source: str, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_built_by_name_without_weights(source: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_network(*args: object, **kwargs: object) -> None:
         raise AssertionError("something is being downloaded")
 
@@ -94,9 +92,7 @@ def test_a_source_reads_back_what_it_wrote() -> None:
     assert str(source) == "timm:resnet18"
 
 
-def test_a_factory_may_live_in_the_working_directory(
-    tmp_path: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_factory_may_live_in_the_working_directory(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_network.py").write_text(  # type: ignore[operator]
         "from torch import nn\n\nclass Zoo:\n    @staticmethod\n    def small(): return nn.Conv2d(3, 4, 3)\n"
         "MADE = nn.Identity()\n"
