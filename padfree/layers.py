@@ -86,6 +86,8 @@ class StemTail(nn.Module):
         preact: norm -> act -> conv instead of conv -> norm -> act.
     """
 
+    __constants__ = ("has_end", "preact", "residual")  # so that TorchScript compiles one side of each `if`
+
     def __init__(
         self,
         channels: int,
@@ -114,14 +116,13 @@ class StemTail(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the tail on the stem's output."""
-        out: Tensor
         if self.has_end:
             x = self.end(x)
         pooled = self.pool(x)
         if self.preact:
             # norm and act copies may work in place, so x is pooled first and kept out of their reach
             left = self.conv_dw(self.act1(self.norm1(x)))
-            out = self.conv_pw(self.act2(self.norm2(torch.cat((left, pooled), 1))))
+            out: Tensor = self.conv_pw(self.act2(self.norm2(torch.cat((left, pooled), 1))))
         else:
             left = self.act1(self.norm1(self.conv_dw(x)))
             out = self.act2(self.norm2(self.conv_pw(torch.cat((left, pooled), 1))))
