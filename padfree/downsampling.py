@@ -9,7 +9,9 @@ from torch import nn
 
 from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
+from padfree.layers import StemTail
 from padfree.record import Call
+from padfree.reforward import NEW
 from padfree.rule import Editor
 from padfree.sites import Conv, Site, Sites
 from padfree.types import Match, Options, Skip
@@ -21,12 +23,20 @@ def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
     """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
     first = {conv.op for conv in sites.first}
     for conv in sites.convs.values():
-        if max(conv.stride) < 2 or max(conv.kernel) < 3 or conv.fixed:
+        if max(conv.stride) < 2 or max(conv.kernel) < 3 or conv.fixed or added(sites, conv.path):
             continue
         if conv.op not in first and sites.flow.is_map(conv.source):
             site = sites.site(conv)
             if not any(point.op in first for point in site.paired):
                 yield conv, site
+
+
+def added(sites: Sites, path: str) -> bool:
+    """Whether a conversion put this module in; no rule may match such layers again."""
+    parts = path.split(".")
+    above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    modules = sites.recording.modules
+    return any(part.startswith(NEW) for part in parts) or any(isinstance(modules[name], StemTail) for name in above)
 
 
 def out_of_scope(sites: Sites, conv: Conv) -> str:

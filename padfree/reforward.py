@@ -23,7 +23,7 @@ Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name
 Locked = tuple[tuple[str, Any], ...]
 FUSERS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert", "merge_bn")
 _MARK = "_padfree_base"
-_NEW = "padfree_"
+NEW = "padfree_"
 
 
 def graph_source(graph: fx.Graph) -> tuple[str, Names]:
@@ -81,7 +81,7 @@ def is_rewritten(module: nn.Module) -> bool:
 
 def new_child_names(module: nn.Module) -> list[str]:
     """Names of the children padfree added to a module."""
-    return [name for name in module._modules if name.startswith(_NEW)]
+    return [name for name in module._modules if name.startswith(NEW)]
 
 
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
@@ -198,7 +198,7 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
 
     def shown(self: nn.Module) -> list[nn.Module]:
         children: dict[str, Any] = self._modules
-        return [child for name, child in children.items() if not name.startswith(_NEW)]
+        return [child for name, child in children.items() if not name.startswith(NEW)]
 
     def __len__(self: nn.Module) -> int:
         return len(shown(self))

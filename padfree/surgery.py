@@ -18,7 +18,7 @@ from padfree.errors import PadfreeError, Refusal
 from padfree.flow import AVG_POOLS
 from padfree.leaves import plain_forward, shaped_like
 from padfree.pooling import shortcut_pool
-from padfree.reforward import FUSERS, Locked, Names, graph_source, original_class, rewritten_class, set_class
+from padfree.reforward import FUSERS, NEW, Locked, Names, graph_source, original_class, rewritten_class, set_class
 from padfree.sites import Conv, Sites
 from padfree.specs import Spec
 from padfree.trace import TracedBlock, trace_block
@@ -103,7 +103,7 @@ class BlockEdit:
             return graph.call_function(target, args)
 
     def _child(self, name: str, spec: Spec) -> str:
-        base = f"padfree_{name}"
+        base = f"{NEW}{name}"
         unique, count = base, 1
         while unique in self._taken:
             count += 1
