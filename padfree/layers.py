@@ -164,7 +164,7 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
             for name, tensor in table.items():
                 if tensor is not None and tensor.dim() > 0 and old in tensor.shape:
                     shape = [channels if side == old else side for side in tensor.shape]
-                    fresh = tensor.detach().new_full(shape, float(name in ("weight", "running_var")))
+                    fresh = tensor.detach().new_full(shape, _fresh_value(name, tensor))
                     table[name] = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
                 elif tensor is not None and tensor.dim() == 0:
                     table[name] = torch.zeros_like(tensor)
@@ -180,6 +180,16 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
             if not list(child.parameters()):
                 setattr(duplicate, name, nn.Identity())
     return duplicate
+
+
+def _fresh_value(name: str, tensor: Tensor) -> float:
+    """What a fresh norm has in a parameter or buffer: 0 or 1, for names of a user's own by what it holds now."""
+    if name in ("weight", "running_var"):
+        return 1.0
+    if name in ("bias", "running_mean") or tensor.is_meta or not tensor.is_floating_point():
+        return 0.0
+    mean = float(tensor.detach().float().mean())
+    return float(abs(mean - 1) < abs(mean))
 
 
 def _channels(norm: nn.Module) -> int:

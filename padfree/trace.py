@@ -213,10 +213,13 @@ class BlockTracer(fx.Tracer):
         Flags (None, bool, str) pass their recorded value, lists of tensors a list of their elements.
         """
         args: list[Any] = [self.root]
+        by_name: list[str] = []  # of keyword-only parameters
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             value = self.arguments[parameter.name]
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                by_name.append(parameter.name)
             if value is None or isinstance(value, (bool, str)):
                 self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
                 args.append(value)
@@ -225,7 +228,10 @@ class BlockTracer(fx.Tracer):
                 args.append(type(value)(proxy[index] for index in range(len(value))))
             else:
                 args.append(proxy)
-        return root_fn, args
+        if not by_name:
+            return root_fn, args
+        split = len(args) - len(by_name)
+        return lambda *given: root_fn(*given[:split], **dict(zip(by_name, given[split:], strict=True))), args
 
 
 def expect_argument(found: Any, expected: Any, name: str) -> None:
