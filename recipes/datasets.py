@@ -177,13 +177,13 @@ def _folder(recipe: Recipe, train: bool, transform: Transform) -> Any:
 
 
 def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
-    from timm.data import create_dataset
+    from timm.data.dataset_factory import create_dataset
 
     data = recipe.data
     split = data.train_split if train else data.eval_split
     try:
         dataset = create_dataset(
-            data.reader,
+            str(data.reader),
             root=data.root,
             split=split,
             is_training=train,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def train(run: Run) -> Progress:
 
     average = None
     if recipe.training.ema_decay is not None:
-        average = AveragedModel(
-            network, multi_avg_fn=get_ema_multi_avg_fn(recipe.training.ema_decay), use_buffers=True
-        ).to(accelerator.device)
+        averaging: Callable[[float], Any] = get_ema_multi_avg_fn
+        average = AveragedModel(network, multi_avg_fn=averaging(recipe.training.ema_decay), use_buffers=True).to(
+            accelerator.device
+        )
         accelerator.register_for_checkpointing(average)
     optimizer = _optimizer(recipe, network)
     schedule = _schedule(recipe, optimizer)
