@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from padfree.pooling import max_pool, shortcut_pool
 
@@ -68,6 +69,17 @@ class StemPool(nn.MaxPool2d):
         return max_pool(input, 3, self.step, 1)
 
 
+def _quickened(pool: nn.Module) -> nn.Module:
+    """An absorbed 3x3 `nn.MaxPool2d` with padding 1 becomes a `StemPool`: same object, hooks and settings."""
+    if type(pool) is nn.MaxPool2d and not pool.ceil_mode and not pool.return_indices:
+        settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        kernel, stride, padding, dilation = (set(_pair(setting)) for setting in settings)
+        if kernel == {3} and padding == {1} and dilation == {1} and len(stride) == 1:
+            pool.__class__ = StemPool
+            pool.__dict__["step"] = int(stride.pop())
+    return pool
+
+
 class StemTail(nn.Module):
     """The second half of the hybrid stem (paper.md, Hybrid stem), after the stem's own conv, norm and act.
 
@@ -109,7 +121,7 @@ class StemTail(nn.Module):
         self.conv_dw = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
         self.norm1 = _or_identity(norms[0])
         self.act1 = _or_identity(acts[0])
-        self.pool = end if end is not None and absorbs else StemPool(stride)
+        self.pool = _quickened(end) if end is not None and absorbs else StemPool(stride)
         self.conv_pw = nn.Conv2d(2 * channels, channels, 1, bias=False)
         self.norm2 = _or_identity(norms[1])
         self.act2 = _or_identity(acts[1])

@@ -284,6 +284,24 @@ def test_the_choice_is_what_was_measured():
         assert chosen == expected, shape
 
 
+@pytest.mark.parametrize("setting", ["as it is", "ceil_mode", "return_indices", "kernel 2"])
+def test_an_absorbed_max_pool_is_the_same_object_made_fast(setting):
+    from padfree.layers import StemPool, StemTail
+
+    pool = torch.nn.MaxPool2d(2 if setting == "kernel 2" else (3, 3), 2, 1, **{setting: True} if "_" in setting else {})
+    seen = []
+    pool.register_forward_hook(lambda *_: seen.append(1))
+    norms = (torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4))
+    tail = StemTail(4, norms, (torch.nn.ReLU(), torch.nn.ReLU()), pool, stride=2, absorbs=True).eval()
+    assert tail.pool is pool
+    assert (type(pool) is StemPool) == (setting == "as it is")
+    if setting == "as it is":
+        x = some_map((1, 4, 33, 40))
+        assert_close(pool(x), F.max_pool2d(x, 3, 2, 1), **EXACT)
+        tail(x)
+        assert seen == [1, 1]
+
+
 def test_the_module_imports_nothing_but_torch():
     code = (
         "import sys, torch, torch.autograd.forward_ad; before = set(sys.modules);"
