@@ -4,14 +4,15 @@
     python -m benchmarks.latency --networks ghostnet --sides 32 --runtimes eager onnxruntime
 
 Every network is built as the original and as its padding-free form, which is also run with plain max-pools
-("naive"); all three take turns in one process, one thread. The table gives ratios, run by run; the JSON also the
-milliseconds. A network, side or runtime that is not to be had here is named with its reason and left out.
+("naive"); all three take turns in one process, one thread. The table gives ratios, run by run; the JSON also
+the milliseconds. A network, side or runtime that is not to be had here is named with its reason and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import math
 import tempfile
 import warnings
@@ -83,11 +84,20 @@ def plain_pools() -> Iterator[None]:
         pooling._pool = fast
 
 
-def candidates(original: nn.Module, converted: nn.Module, x: torch.Tensor, runtime: str) -> dict[str, Call]:
-    """The variants of one network as functions to be timed."""
-    if runtime.startswith("eager"):
-        layout = torch.channels_last if runtime.endswith("channels_last") else torch.contiguous_format
-        first, second = (model.to(memory_format=layout) for model in (original, converted))
+def runner(
+    original: nn.Module, converted: nn.Module, side: int, runtime: str
+) -> Callable[[torch.Tensor], dict[str, Call]]:
+    """What gives, for an image batch, the variants of one network as functions to be timed."""
+    models = {"original": original, "padfree": converted}
+    if runtime == "compile":
+        return lambda x: {name: _compiled(model, x) for name, model in models.items()}
+    if runtime == "onnxruntime":
+        sessions = {name: _session(model, side) for name, model in models.items()}
+        return lambda x: {name: functools.partial(session, x) for name, session in sessions.items()}
+    layout = torch.channels_last if runtime.endswith("channels_last") else torch.contiguous_format
+    first, second = (model.to(memory_format=layout) for model in models.values())
+
+    def calls(x: torch.Tensor) -> dict[str, Call]:
         image = x.contiguous(memory_format=layout)
 
         def naive() -> None:
@@ -95,12 +105,11 @@ def candidates(original: nn.Module, converted: nn.Module, x: torch.Tensor, runti
                 second(image)
 
         return {"original": lambda: first(image), "padfree": lambda: second(image), "naive": naive}
-    make = _compiled if runtime == "compile" else _session
-    return {name: make(model, x) for name, model in (("original", original), ("padfree", converted))}
+
+    return calls
 
 
 def _compiled(model: nn.Module, x: torch.Tensor) -> Call:
-    torch.compiler.reset()
     compiled = torch.compile(model, dynamic=False)
     try:
         compiled(x)
@@ -109,21 +118,20 @@ def _compiled(model: nn.Module, x: torch.Tensor) -> Call:
     return lambda: compiled(x)
 
 
-def _session(model: nn.Module, x: torch.Tensor) -> Call:
+def _session(model: nn.Module, side: int) -> Callable[[torch.Tensor], object]:
     try:
         import onnxruntime
 
         from padfree.export import to_onnx
 
         with tempfile.TemporaryDirectory() as folder:
-            file = to_onnx(model, Path(folder) / "model.onnx", tuple(x.shape[1:]), dynamic_sides=False)
+            file = to_onnx(model, Path(folder) / "model.onnx", (3, side, side), dynamic_sides=False)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = options.inter_op_num_threads = 1
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except (ImportError, padfree.PadfreeError) as error:
         raise NotHere(str(error)) from error
-    image = {session.get_inputs()[0].name: x.numpy()}
-    return lambda: session.run(None, image)
+    return lambda x: session.run(None, {"input": x.numpy()})
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -132,28 +140,39 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for side in arguments.sides:
         for name in arguments.networks:
             for runtime in arguments.runtimes:
-                for batch in arguments.batches or BATCHES.get(side, (1,)):
-                    row: dict[str, Any] = {"network": name, "side": side, "batch": batch, "runtime": runtime}
-                    try:
-                        models = build(name, side)  # anew: a runtime may leave another layout behind
-                        x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
-                        calls = candidates(*models, x, runtime)
-                        with torch.inference_mode(runtime.startswith("eager")), torch.no_grad():
-                            timings = interleaved(calls, arguments.rounds, arguments.seconds)
-                    except NotHere as reason:
-                        row["skipped"] = str(reason)
-                        progress(f"{name} {side} {runtime}: left out: {reason}")
-                        rows.append(row)
-                        break
-                    row["ms"] = milliseconds(timings)
-                    row["padfree/original"] = ratio(timings, "padfree", "original")
-                    if "naive" in timings:
-                        row["padfree/naive"] = ratio(timings, "padfree", "naive")
-                        row["naive/original"] = ratio(timings, "naive", "original")
-                    rows.append(row)
-                    progress(f"{name} {side} x{batch} {runtime}: {row['padfree/original']['median']:.3f}")
-                    write({"machine": machine(), "rows": rows}, arguments.json)
+                batches = arguments.batches or BATCHES[side]
+                try:
+                    torch.compiler.reset()
+                    calls = runner(*build(name, side), side, runtime)
+                    for batch in batches:
+                        rows.append(_row(name, side, batch, runtime, calls, arguments))
+                        write({"machine": machine(), "rows": rows}, arguments.json)
+                except NotHere as reason:
+                    progress(f"{name} {side} {runtime}: left out: {reason}")
+                    left_out = {"network": name, "side": side, "batch": batches[0], "runtime": runtime}
+                    rows.append({**left_out, "skipped": str(reason)})
     return rows
+
+
+def _row(
+    name: str,
+    side: int,
+    batch: int,
+    runtime: str,
+    calls: Callable[[torch.Tensor], dict[str, Call]],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(runtime.startswith("eager")), torch.no_grad():
+        timings = interleaved(calls(x), arguments.rounds, arguments.seconds)
+    row: dict[str, Any] = {"network": name, "side": side, "batch": batch, "runtime": runtime}
+    row["ms"] = milliseconds(timings)
+    row["padfree/original"] = ratio(timings, "padfree", "original")
+    if "naive" in timings:
+        row["padfree/naive"] = ratio(timings, "padfree", "naive")
+        row["naive/original"] = ratio(timings, "naive", "original")
+    progress(f"{name} {side} x{batch} {runtime}: {row['padfree/original']['median']:.3f}")
+    return row
 
 
 def means(rows: Iterable[dict[str, Any]], key: str) -> dict[tuple[str, int, int], tuple[float, int]]:
