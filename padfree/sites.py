@@ -153,6 +153,8 @@ class Sites:
         own = _pair(positional[4])
         padding = (sides[0] + own[0], sides[1] + own[0], sides[2] + own[1], sides[3] + own[1])
         path, is_module = self._owner(op)
+        if is_module and pad < 0:  # circular padding is made of copies, no pad operation
+            mode = getattr(self.recording.modules[path], "padding_mode", mode)
         channels = flow.values[source].shape[1]
         return Conv(
             op=op.index, path=path, is_module=is_module, source=source, out=op.outputs[0],
