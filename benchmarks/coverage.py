@@ -6,13 +6,14 @@ python -m benchmarks.coverage --fixed            # the sample that covers every 
 
 Each model is measured in a worker process of its own pair of hands: one that dies or takes too long costs its own
 row and nothing else. Finished rows are kept in benchmarks/.coverage-cache, so a run that is stopped goes on where
-it was; `--fresh` begins anew. A whole run writes docs/coverage.md and docs/coverage.csv. The exit status is 1 when
+it was, as long as padfree's code is the same; `--fresh` begins anew. A whole run writes docs/coverage.md and docs/coverage.csv. The exit status is 1 when
 padfree crashed, broke a model or changed old keys.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import random
@@ -29,7 +30,7 @@ from benchmarks.measure import Result, measure
 from benchmarks.tables import FAULTS, totals, write_tables
 
 ROOT = Path(__file__).parent.parent
-CACHE = Path(__file__).parent / ".coverage-cache" / "rows.jsonl"
+CACHE = Path(__file__).parent / ".coverage-cache"
 PROCESSES = 2
 STARTING = 120.0  # seconds a worker may take to import its libraries, on top of its first model's time
 
@@ -129,6 +130,14 @@ def _collect(worker: Worker, ready: bool, timeout: float) -> dict[str, Any] | No
     return None
 
 
+def _fingerprint() -> str:
+    """Of the code that rows depend on, so that rows of other code are not taken for its own."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "padfree").rglob("*.py"), Path(__file__).parent / "measure.py"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _remembered(path: Path) -> dict[str, dict[str, Any]]:
     rows = {}
     if path.exists():
@@ -141,21 +150,20 @@ def _remembered(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def run(names: Sequence[str], cache: Path | None, timeout: float) -> list[dict[str, Any]]:
-    """Sweep with a progress bar, going on from `cache` if there is one; rows in the order of `names`."""
+def run(names: Sequence[str], cache: Path, timeout: float) -> list[dict[str, Any]]:
+    """Sweep with a progress bar, going on from `cache`; rows in the order of `names`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rows = _remembered(cache) if cache else {}
+    rows = _remembered(cache)
     left = [name for name in names if name not in rows]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("coverage", total=len(names), completed=len(names) - len(left))
         for row in sweep(left, timeout):
             rows[row["name"]] = row
-            if cache:
-                cache.parent.mkdir(exist_ok=True)
-                with cache.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            cache.parent.mkdir(exist_ok=True)
+            with cache.open("a") as file:
+                file.write(json.dumps(row) + "\n")
             progress.update(task, advance=1, description=f"{row['status']:>8} {row['name']}")
             if row["status"] in FAULTS:
                 progress.console.print(f"{row['status']}: {row['name']}: {row['reason']}", markup=False)
@@ -176,10 +184,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.sample is not None:
         names = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample, len(names))))
     whole = not (arguments.fixed or arguments.names or arguments.sample is not None)
-    if arguments.fresh and whole:
-        CACHE.unlink(missing_ok=True)
+    cache = CACHE / f"{_fingerprint()}.jsonl"
+    if arguments.fresh:
+        cache.unlink(missing_ok=True)
     begun = time.monotonic()
-    rows = run(names, CACHE if whole else None, arguments.timeout)
+    try:
+        rows = run(names, cache, arguments.timeout)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     print("\n".join(totals(rows)))
     print(f"{time.monotonic() - begun:.0f} seconds")
     if whole:
