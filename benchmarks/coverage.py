@@ -4,10 +4,10 @@ python -m benchmarks.coverage                    # all of it; resumable, 2 proce
 python -m benchmarks.coverage --sample 60 --seed 1
 python -m benchmarks.coverage --fixed            # the sample that covers every pattern; writes no tables
 
-Each model is measured in a worker process of its own pair of hands: one that dies or takes too long costs its own
-row and nothing else. Finished rows are kept in benchmarks/.coverage-cache, so a run that is stopped goes on where
-it was, as long as padfree's code is the same; `--fresh` begins anew. A whole run writes docs/coverage.md and docs/coverage.csv. The exit status is 1 when
-padfree crashed, broke a model or changed old keys.
+Each model is measured in a worker process: one that dies or takes too long costs its own row and nothing else.
+Finished rows are kept in benchmarks/.coverage-cache, so a run that is stopped goes on where it was, as long as
+padfree's code is the same; `--fresh` begins anew. A whole run writes docs/coverage.md and docs/coverage.csv. The exit
+status is 1 when padfree crashed, broke a model, changed old keys, or took too long.
 """
 
 from __future__ import annotations
