@@ -43,6 +43,8 @@ class Plan(PlanData):
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
+        if self.earlier is not None:
+            model, inplace = Plan(**vars(self.earlier)).apply(model, inplace=inplace), True
         with _one_at_a_time, kept_random_state():
             sites = Sites(Flow(record(model, self.input_size)))
             groups = _refind(self, sites)
@@ -82,7 +84,7 @@ def convert(
     Args:
         model: a network that takes image batches (N, C, H, W).
         rules: names of the rules to use; the default is all of them.
-        include: module paths, `fnmatch` patterns or "re:" patterns of the places to convert; default: all.
+        include: module paths (with all below them), `fnmatch` patterns or "re:" patterns of what to convert.
         exclude: the same for places to leave alone.
         options: how the rules rewrite.
         input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
@@ -169,7 +171,8 @@ def _plan(
     matches = _matches(sites, kept, options, selected)
     recording = sites.recording
     order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
-    made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)))
+    earlier = model.__dict__.get("padfree_plan")
+    made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)), earlier)
     return made, operations
 
 
@@ -292,5 +295,7 @@ def _nothing(model: nn.Module, made: Plan) -> str:
     )
     seen = "; ".join(found[:6])
     more = f" (and {len(found) - 6} more)" if len(found) > 6 else ""
-    seen = seen or "no convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
+    kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Conv")}
+    what = f"its convolutions are {', '.join(sorted(kinds))}" if kinds else "it has no convolution modules"
+    seen = seen or f"no 2-D convolution with an odd kernel of at least 3 and stride 2, and no stem to follow; {what}"
     return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"

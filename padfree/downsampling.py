@@ -114,6 +114,10 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
     project = site.dense and channels[0] != channels[1] and not site.shortcut
     detail: dict[str, Any] = {"channels": list(channels), "points": [point.op for point in site.points]}
     merge = site.chain.end(options.merge)
+    fused = merge == site.chain.norm and _fused(sites, site)
+    if fused and site.chain.act is not None:
+        merge = site.chain.act
+        detail["unfuse"] = site.chain.act_path
     ops = [part.op for part in (*site.paired, *site.convs, *site.points)]
     anchor = min(ops + [part.pad for part in site.convs if part.pad >= 0])
     try:
@@ -122,7 +126,7 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
         else:
             block = block_for(sites, conv.op, site.source, merge, owner=conv.path, child=project)
             detail |= {"source": site.source, "merge": merge, "anchor": anchor, "project": int(project)}
-            window = (conv.kernel[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
+            window = (conv.spans[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
             detail |= {"pool": list(window), "repeat": 1 if site.dense else channels[1] // channels[0]}
         if site.points:
             around = block_for(sites, site.points[0].op, site.points[0].source, owner=site.points[0].path)
@@ -130,6 +134,14 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
     except Refusal as refusal:
         return Skip(conv.path, str(refusal), rule, sites.flow.domain(conv.out))
     return new_match(sites, rule, conv, "" if block is None else block.path, detail)
+
+
+def _fused(sites: Sites, site: Site) -> bool:
+    """Whether the chain's activation is a parameter-free part of its norm (timm's BatchNormAct2d)."""
+    chain, recording = site.chain, sites.recording
+    if not chain.norm_path or not chain.act_path.startswith(f"{chain.norm_path}."):
+        return False
+    return len(recording.calls_of[chain.act_path]) == 1 and not recording.modules[chain.act_path].state_dict()
 
 
 def rewrite_site(match: Match, edit: Editor) -> None:
@@ -141,6 +153,8 @@ def rewrite_site(match: Match, edit: Editor) -> None:
             match.block, detail["source"], detail["anchor"], detail["merge"], detail["pool"][0], detail["pool"][1],
             detail["repeat"], bool(detail["project"]),
         )  # fmt: skip
+        if "unfuse" in detail:
+            edit.unfuse(match.block, detail["merge"], detail["unfuse"])
     for op in detail.get("points", ()):
         edit.crop(detail["points_block"], edit.sites.convs[op].source, op, 1)
     edit.conv(conv, detail["padding"])

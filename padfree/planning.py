@@ -153,7 +153,7 @@ def _chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:
 def _fits(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], name) is not None
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
 def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:

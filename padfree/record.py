@@ -257,7 +257,7 @@ class CallTracker:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
-    """(C, H, W) from the model's `pretrained_cfg` or `default_cfg`, else (3, 224, 224).
+    """(C, H, W) from the model's `pretrained_cfg` or `default_cfg`, else (3, 224, 224), or (3, 16, 224, 224) for video.
 
     The channel count of a model built with `in_chans=` is read from its first convolution.
     """
@@ -268,7 +268,10 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
         if found:
             size = tuple(int(side) for side in found)
             break
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    convs = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))]
+    first = next((conv for conv in convs if isinstance(conv, nn.Conv2d)), None)
+    if convs and first is None and len(size) == 3:
+        return (size[0], 16, *size[1:])  # a video network
     if first is None or first.in_channels > 16 or len(size) != 3:
         return size
     return (first.in_channels, *size[1:])

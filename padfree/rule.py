@@ -44,6 +44,9 @@ class Editor(Protocol):
     ) -> None:
         """Add max-pool(source), taken just before operation `anchor`, to `merge`."""
 
+    def unfuse(self, block: str, value: int, path: str) -> None:
+        """Let `block` call a norm's own activation `path` itself, after what is now added to `value`."""
+
     def crop(self, block: str, source: int, op: int, margin: int) -> None:
         """Let operation `op` read `source` without its outermost `margin` pixels."""
 

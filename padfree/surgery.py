@@ -43,6 +43,15 @@ class AddChild:
 
 
 @dataclass(frozen=True)
+class MoveChild:
+    """A parameter-free child of another module, moved to a block; an identity stays in its place."""
+
+    path: str
+    origin: str
+    name: str
+
+
+@dataclass(frozen=True)
 class ReplaceEnd:
     """A new layer in the place of a parameter-free module, which becomes its part."""
 
@@ -68,7 +77,7 @@ class Reforward:
     locked: Locked
 
 
-Operation = SetAttributes | AddChild | ReplaceEnd | Resize | Reforward
+Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward
 
 
 class BlockEdit:
@@ -102,14 +111,24 @@ class BlockEdit:
                 return graph.call_module(child, args)
             return graph.call_function(target, args)
 
+    def call_child(self, before: fx.Node, name: str, *args: Any) -> fx.Node:
+        """A call of a child by name."""
+        with self.traced.graph.inserting_before(before):
+            return self.traced.graph.call_module(name, args)
+
     def _child(self, name: str, spec: Spec) -> str:
+        unique = self.reserve(name)
+        self.children.append((unique, spec))
+        return unique
+
+    def reserve(self, name: str) -> str:
+        """A free name for a new child."""
         base = f"{NEW}{name}"
         unique, count = base, 1
         while unique in self._taken:
             count += 1
             unique = f"{base}{count}"
         self._taken.add(unique)
-        self.children.append((unique, spec))
         return unique
 
     def substitute(self, old: fx.Node, make: Callable[[fx.Node, fx.Node], fx.Node]) -> None:
@@ -221,6 +240,12 @@ class Surgeon:
             if repeat > 1:
                 pooled = edit.call(at, torch.repeat_interleave, pooled, repeat, 1)
         edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, pooled))
+
+    def unfuse(self, block: str, value: int, path: str) -> None:  # noqa: D102
+        edit = self._block(block)
+        name = edit.reserve("act")
+        edit.substitute(edit.node(value), lambda old, at: edit.call_child(at, name, old))
+        self._operations.append(MoveChild(block, path, name))
 
     def crop(self, block: str, source: int, op: int, margin: int) -> None:  # noqa: D102
         edit = self._block(block)
@@ -343,12 +368,24 @@ def _add_child(model: nn.Module, operation: AddChild, undo: Undo) -> None:
     parent._modules[operation.name] = operation.spec.build(model)
 
 
+def _move_child(model: nn.Module, operation: MoveChild, undo: Undo) -> None:
+    parent_path, _, name = operation.origin.rpartition(".")
+    parent, block = model.get_submodule(parent_path), model.get_submodule(operation.path)
+    for table in (parent._modules, block._modules):
+        undo.append(_restore(table, name))
+    block._modules[operation.name] = parent._modules[name]
+    parent._modules[name] = nn.Identity().train(parent.training)
+
+
 def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
     parent_path, _, name = operation.path.rpartition(".")
     parent = model.get_submodule(parent_path)
     end = parent._modules[name]
     assert end is not None
+    kind, state = type(end), end.__dict__
     undo.append(_restore(parent._modules, name))
+    undo.append(_restore(state, name))
+    undo.append(lambda: setattr(end, "__class__", kind))
     parent._modules[name] = operation.spec.build(model, end)
 
 
@@ -385,6 +422,7 @@ def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
 _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     SetAttributes: _set_attributes,
     AddChild: _add_child,
+    MoveChild: _move_child,
     ReplaceEnd: _replace_end,
     Resize: _resize,
     Reforward: _reforward,

@@ -118,6 +118,7 @@ class PlanData:
         options: the options it was made with.
         matches: what will be rewritten.
         skips: what is left alone, and why.
+        earlier: the plan that was applied to the model before (it had been converted in part).
     """
 
     model: str
@@ -125,6 +126,7 @@ class PlanData:
     options: Options
     matches: tuple[Match, ...]
     skips: tuple[Skip, ...]
+    earlier: PlanData | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` reads it back equal."""
@@ -135,6 +137,7 @@ class PlanData:
             "options": dataclasses.asdict(self.options),
             "matches": [match.to_dict() for match in self.matches],
             "skips": [skip.to_dict() for skip in self.skips],
+            "earlier": None if self.earlier is None else self.earlier.to_dict(),
         }
 
     @classmethod
@@ -153,6 +156,7 @@ class PlanData:
                 options=Options(**data["options"]),
                 matches=tuple(_match(item) for item in data["matches"]),
                 skips=tuple(Skip(**item) for item in data["skips"]),
+                earlier=None if data.get("earlier") is None else cls.from_dict(data["earlier"]),
             )
         except PadfreeError:
             raise
