@@ -367,7 +367,8 @@ def _link(
             raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
         finally:
             _set_training(module, False)
-        if [op.grad for op in ops_before] != [op.grad for op in ops_after]:
+        alike = [op.kind for op in ops_before] == [op.kind for op in ops_after]
+        if alike and [op.grad for op in ops_before] != [op.grad for op in ops_after]:
             raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
         if original != traced or ops_before != ops_after:
             mode = "train" if training else "eval"
