@@ -26,8 +26,10 @@ import sys
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -157,6 +159,20 @@ def save_checkpoint(accelerator: Any, model: nn.Module, folder: Path, progress: 
                 shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
+
+
+def load_checkpoint(accelerator: Any, folder: Path) -> None:
+    """Put a run's last checkpoint back into the accelerator's prepared objects.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = checkpoints(folder)[-1]
+    try:
+        accelerator.load_state(str(path))
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{path} is damaged ({reason}); remove it to go on from the one before") from error
 
 
 def versions() -> dict[str, str]:

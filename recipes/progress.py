@@ -25,7 +25,7 @@ class ProgressBar:
         self.epochs, self.processes = epochs, accelerator.num_processes
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=Console(stderr=True),
@@ -57,9 +57,9 @@ class ProgressBar:
     def trained(self, loss: float, top1: float) -> None:
         """Show a mean loss so far and an accuracy of the last batch, in percent."""
         speed = self.images * self.processes / (time.perf_counter() - self.began)
-        figures = f"loss {loss:.3f}  batch {top1:.1f} %{self.last_test}  {speed:,.0f} images/s"
+        figures = f"loss {loss:.3f} acc {top1:.1f}%{self.last_test} {speed:,.0f} images/s"
         self.bar.update(self.task, figures=figures)
 
     def tested(self, top1: float) -> None:
         """Show the test accuracy, in percent, from now on."""
-        self.last_test = f"  test {top1:.2f} %"
+        self.last_test = f" test {top1:.2f}%"

@@ -25,14 +25,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from padfree.errors import PadfreeError
 
-from .checkpoints import Epoch, Progress, checkpoints, open_run, read_progress, save_checkpoint
+from .checkpoints import (
+    Epoch,
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    open_run,
+    read_progress,
+    save_checkpoint,
+)
 from .evaluate import Scores, evaluate
 from .files import write_text
 from .loaders import eval_loader, set_epoch, train_loader
 from .losses import orthonormal_loss
 from .progress import ProgressBar
 from .schema import AdamWSpec, Recipe, StepSpec
-from .variants import plan_for
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 
@@ -84,7 +91,7 @@ def train(run: Run) -> Progress:
     accelerator = _accelerator(run)
     network = recipe.build(run.variant, seed=run.seed)
     train_batches, test_batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
-    _open(run, accelerator)
+    _open(run, accelerator, network)
 
     average = None
     if recipe.training.ema_decay is not None:
@@ -99,7 +106,7 @@ def train(run: Run) -> Progress:
 
     progress = read_progress(folder)
     if progress.done:
-        accelerator.load_state(str(checkpoints(folder)[-1]))
+        load_checkpoint(accelerator, folder)
     evaluated = average.module if average is not None else accelerator.unwrap_model(model)
     epochs = recipe.training.epochs
     with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
@@ -189,7 +196,7 @@ def _accelerator(run: Run) -> Any:
 
     # several runs in one process (`compare`) may ask for several precisions
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=run.cpu,
         mixed_precision=run.mixed_precision,
         step_scheduler_with_optimizer=False,
@@ -197,9 +204,12 @@ def _accelerator(run: Run) -> Any:
         log_with="tensorboard",
         project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.path)),
     )
+    if run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise TrainingError("--mixed-precision fp16 needs an accelerator; on a CPU take bf16 or no")
+    return accelerator
 
 
-def _open(run: Run, accelerator: Any) -> None:
+def _open(run: Run, accelerator: Any, network: nn.Module) -> None:
     about = {
         "variant": run.variant,
         "seed": run.seed,
@@ -208,7 +218,7 @@ def _open(run: Run, accelerator: Any) -> None:
     }
     if accelerator.is_main_process:
         open_run(run.path, run.recipe, about, run.resume)
-        plan = plan_for(run.recipe, run.variant)
+        plan = getattr(network, "padfree_plan", None)  # converted networks carry theirs
         if plan is not None:
             write_text(run.path / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
     accelerator.wait_for_everyone()

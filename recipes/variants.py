@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -12,9 +12,6 @@ from padfree.errors import PadfreeError
 from .efficientformerv2 import replace_downsampling
 from .models import build_model
 from .schema import Recipe, Variant
-
-if TYPE_CHECKING:
-    from padfree import Plan
 
 DOWNSAMPLING = ("depthwise", "dense", "projection")
 STEM = ("stem",)
@@ -40,15 +37,6 @@ def build(recipe: Recipe, variant: str, seed: int) -> nn.Module:
         if variant == "efficientformerv2" and recipe.efficientformerv2:
             return replace_downsampling(model, recipe.efficientformerv2, recipe.model.input_side)
         return padfree.convert(model, **conversion(recipe, variant))
-
-
-def plan_for(recipe: Recipe, variant: str) -> Plan | None:
-    """What is rewritten for a variant; None for one that no rule makes."""
-    import padfree
-
-    if variant in ("original", "efficientformerv2"):
-        return None
-    return padfree.plan(build(recipe, "original", 0), **conversion(recipe, variant))
 
 
 def conversion(recipe: Recipe, variant: str) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def test_table_shows_every_figure_uncut(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "digits/resnet20", "optimizer.lr=fast"], "optimizer.sgd.lr: "),
         (["train", "digits/resnet20", "--seed", "1", "training.epoch=3"], "training.epoch: "),
         (["train", "cifar100-first/resnet20", "--cpu", "data.root=/nowhere"], "no CIFAR100: looked for"),
+        (["train", "digits/resnet20", "--cpu", "--mixed-precision", "fp16"], "fp16 needs an accelerator"),
         (["evaluate", "/nowhere"], "/nowhere is no run folder"),
         (["compare", "digits/resnet20", "--seeds", "0"], "--seeds is 0; give 1 or more"),
         (["compare", "digits/resnet20", "--variants", "a,b"], "no variant 'a'; there are original"),

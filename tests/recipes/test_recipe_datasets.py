@@ -16,6 +16,7 @@ import torch
 from padfree.recipes import load
 from padfree.recipes.datasets import DataError, build_dataset, fetch_stanford_dogs
 from padfree.recipes.schema import Recipe
+from padfree.recipes.train import Run, train
 from PIL import Image
 
 from padfree import PadfreeError
@@ -245,30 +246,54 @@ def stream(root: Path, reader: str, *changes: str) -> Recipe:
     return recipe("vegfru-292/ghostnet", root, "model.num_classes=3", *data, *changes)
 
 
+def shards(root: Path) -> None:
+    """WebDataset shards: 8 training images in two, 5 validation images in one."""
+    info: dict[str, Any] = {"name": "small", "splits": {}}
+    for split, lengths in (("train", [4, 4]), ("validation", [5])):
+        names = [f"{split}-{index:04}.tar" for index in range(len(lengths))]
+        for name, number in zip(names, lengths, strict=True):
+            with tarfile.open(root / name, "w") as tar:
+                for index in range(number):
+                    buffer = io.BytesIO()
+                    Image.new("RGB", (40, 40), (index, 0, 0)).save(buffer, "PNG")
+                    for suffix, data in (("png", buffer.getvalue()), ("cls", str(index % 3).encode())):
+                        member = tarfile.TarInfo(f"{index:04}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+        info["splits"][split] = {"name": split, "num_samples": sum(lengths), "filenames": names}
+        info["splits"][split]["shard_lengths"] = lengths
+    (root / "_info.json").write_text(json.dumps(info))
+
+
 def test_shards_are_streamed(tmp_path: Path) -> None:
     pytest.importorskip("webdataset")
-    info: dict[str, Any] = {"name": "small", "splits": {}}
-    for split, number in (("train", 8), ("validation", 5)):
-        name = f"{split}-0000.tar"
-        with tarfile.open(tmp_path / name, "w") as tar:
-            for index in range(number):
-                buffer = io.BytesIO()
-                Image.new("RGB", (40, 40), (index, 0, 0)).save(buffer, "PNG")
-                for suffix, data in (("png", buffer.getvalue()), ("cls", str(index % 3).encode())):
-                    member = tarfile.TarInfo(f"{index:04}.{suffix}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-        info["splits"][split] = {
-            "name": split,
-            "num_samples": number,
-            "filenames": [name],
-            "shard_lengths": [number],
-        }
-    (tmp_path / "_info.json").write_text(json.dumps(info))
-    test = build_dataset(stream(tmp_path, "wds/small"), train=False)
-    found = list(test)
+    shards(tmp_path)
+    found = list(build_dataset(stream(tmp_path, "wds/small"), train=False))
     assert [target for _, target in found] == [0, 1, 2, 0, 1]
     assert all(image.shape == (3, 224, 224) for image, _ in found)
+
+
+def test_a_stream_is_trained_on(tmp_path: Path, small: Path) -> None:
+    pytest.importorskip("webdataset")
+    shards(tmp_path)
+    data = ["data.dataset=timm", "data.reader=wds/small", f"data.root={tmp_path}", "data.eval_split=validation"]
+    recipe = load(small, [*data, "training.epochs=1", "training.batch_size=4", "model.num_classes=3"])
+    progress = train(Run(recipe, "original", folder=tmp_path / "run", cpu=True, quiet=True))
+    assert (progress.epochs[0].train_images, progress.epochs[0].test_images) == (8, 5)
+
+
+@pytest.mark.parametrize("reader", ["hfds", "hfids"])
+def test_hugging_face_datasets_are_read(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for index in range(6):
+        picture(tmp_path / "small" / "train" / "abc"[index % 3] / f"{index}.png", index)
+        picture(tmp_path / "small" / "validation" / "abc"[index % 3] / f"{index}.png", index)
+    found = stream(tmp_path / "cache", f"{reader}/{tmp_path / 'small'}", "data.eval_samples=6")
+    dataset = build_dataset(found, train=False)
+    items = list(dataset) if reader == "hfids" else [dataset[index] for index in range(len(dataset))]
+    assert sorted(target for _, target in items) == [0, 0, 1, 1, 2, 2]
+    assert all(image.shape == (3, 224, 224) for image, _ in items)
 
 
 def test_a_reader_that_cannot_be_used_is_told(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from padfree.recipes import load, names
 from padfree.recipes.losses import orthonormal_loss
-from padfree.recipes.variants import plan_for, variants
+from padfree.recipes.variants import variants
 from torch import nn
 
 from padfree import PadfreeError
@@ -90,12 +91,14 @@ def test_variants_are_those_that_the_recipe_has() -> None:
 
 def test_the_plan_is_that_of_the_variant() -> None:
     recipe = load("cifar100-first/resnet20")
-    assert plan_for(recipe, "original") is None
-    plan = plan_for(recipe, "stem-only")
-    assert plan is not None and {match.rule for match in plan.matches} == {"stem"}
-    whole = plan_for(recipe, "padfree")
-    assert whole is not None
-    assert sorted(match.rule for match in whole.matches) == ["dense"] * 2 + ["projection"] * 2 + ["stem"]
+    stem: Any = recipe.build("stem-only")
+    assert {match.rule for match in stem.padfree_plan.matches} == {"stem"}
+    down: Any = recipe.build("downsampling-only")
+    rules = [match.rule for match in down.padfree_plan.matches]
+    assert sorted(rules) == ["dense"] * 2 + ["projection"] * 2
+    whole: Any = recipe.build("padfree")
+    assert whole.padfree_plan.options.stem_residual
+    assert sorted(match.rule for match in whole.padfree_plan.matches) == ["dense"] * 2 + ["projection"] * 2 + ["stem"]
 
 
 def test_strides_are_set_by_path(small: Path) -> None:

@@ -160,6 +160,10 @@ def test_a_half_written_checkpoint_is_no_checkpoint(small: Path, tmp_path: Path)
     assert [path.name for path in checkpoints(folder)] == ["epoch-0001"]
     run(small, folder, "training.epochs=1", resume=True)
     assert not part.exists()
+    optimizer = checkpoints(folder)[-1] / "optimizer.bin"
+    optimizer.write_bytes(optimizer.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"epoch-0001 is damaged \(.*\); remove it to go on from the one before"):
+        run(small, folder, "training.epochs=1", resume=True)
     (checkpoints(folder)[-1] / "progress.json").write_text("{")
     with pytest.raises(RunError, match=r"epoch-0001 is damaged"):
         read_progress(folder)
