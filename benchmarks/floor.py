@@ -1,0 +1,145 @@
+"""How fast a padding-free network could be at best: its multiply-adds, its bytes, and its convolutions alone.
+
+    python -m benchmarks.floor --json floor.json
+
+`convs` runs nothing but a network's own convolutions, on the maps they get, in turns with the original's: what is left
+if pooling, adding, concatenating, norms and activations cost nothing. A ratio of `benchmarks.latency` cannot fall much
+below it. The second table times one 1x1 convolution on the even map of the original and the odd map that follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.clock import interleaved, machine, progress, ratio, title, write
+from benchmarks.latency import NETWORKS, PAPER, SIDES, Call, NotHere, build
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+POINTWISE = [(160, 960, 4, 3), (112, 672, 8, 7), (40, 120, 16, 15), (24, 72, 32, 31)]  # in, out, before, after
+
+
+def counts(model: nn.Module, side: int) -> tuple[float, float]:
+    """Multiply-adds of convolutions and linears, and bytes read and written by leaf modules, both in millions."""
+    moved = 0
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal moved
+        moved += 4 * (inputs[0].numel() + output.numel())
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(hook) for module in leaves]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, side, side))
+    for handle in handles:
+        handle.remove()
+    return counter.get_total_flops() / 2e6, moved / 1e6
+
+
+def convolutions(model: nn.Module, x: torch.Tensor) -> Call:
+    """A function that runs the model's convolutions, one after another, on the maps they get for `x`."""
+    calls: list[tuple[nn.Conv2d, torch.Tensor]] = []
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    handles = [
+        conv.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0].clone())))
+        for conv in convs
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+
+    def run() -> None:
+        for conv, image in calls:
+            conv(image)
+
+    return run
+
+
+def measure(name: str, side: int, batch: int, rounds: int) -> dict[str, Any]:
+    """Counts and convolution times of one network."""
+    original, converted = build(name, side)
+    before, after = counts(original, side), counts(converted, side)
+    row: dict[str, Any] = {
+        "network": name,
+        "side": side,
+        "batch": batch,
+        "macs": round(after[0] / before[0], 3),
+        "bytes": round(after[1] / before[1], 3),
+        "million_macs": [round(before[0], 1), round(after[0], 1)],
+        "megabytes": [round(before[1], 1), round(after[1], 1)],
+    }
+    x = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    for layout, memory_format in LAYOUTS.items():
+        models = {"original": original, "padfree": converted}
+        image = x.contiguous(memory_format=memory_format)
+        calls = {key: convolutions(model.to(memory_format=memory_format), image) for key, model in models.items()}
+        with torch.inference_mode():
+            row[f"convs {layout}"] = ratio(interleaved(calls, rounds, seconds=0.05), "padfree", "original")
+    return row
+
+
+def pointwise(rounds: int) -> list[dict[str, Any]]:
+    """One 1x1 convolution, batch 1, on both sizes of map: what the arithmetic saves, and what the clock says."""
+    rows = []
+    for channels, outputs, before, after in POINTWISE:
+        for layout, memory_format in LAYOUTS.items():
+            conv = nn.Conv2d(channels, outputs, 1, bias=False).to(memory_format=memory_format)
+            maps = [torch.randn(1, channels, n, n) for n in (before, after)]
+            maps = [image.contiguous(memory_format=memory_format) for image in maps]
+            calls = {"before": functools.partial(conv, maps[0]), "after": functools.partial(conv, maps[1])}
+            with torch.inference_mode():
+                timings = interleaved(calls, rounds, seconds=0.02)
+            rows.append(
+                {
+                    "conv": f"{channels} to {outputs}",
+                    "maps": f"{before}x{before} to {after}x{after}",
+                    "layout": layout,
+                    "macs": round(after**2 / before**2, 3),
+                    "time": ratio(timings, "after", "before")["median"],
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPER)
+    parser.add_argument("--sides", nargs="+", type=int, choices=SIDES, default=SIDES)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", metavar="FILE", help="every figure")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    about = machine()
+    print(f"Padding-free over original, batch {arguments.batch}, on {title(about)}.\n")
+    print("| network | side | multiply-adds | bytes of leaf modules | convs, contiguous | convs, channels_last |")
+    print("|---|---|---|---|---|---|")
+    rows = []
+    for side in arguments.sides:
+        for name in arguments.networks:
+            try:
+                rows.append(row := measure(name, side, arguments.batch, arguments.rounds))
+            except NotHere as reason:
+                progress(f"{name} {side}: left out: {reason}")
+                continue
+            timed = " | ".join(f"{row[f'convs {layout}']['median']:.3f}" for layout in LAYOUTS)
+            print(f"| {name} | {side} | {row['macs']:.3f} | {row['bytes']:.3f} | {timed} |", flush=True)
+    points = pointwise(arguments.rounds)
+    print("\n| 1x1 conv | maps | layout | multiply-adds | time |\n|---|---|---|---|---|")
+    for point in points:
+        where = f"| {point['conv']} | {point['maps']} | {point['layout']} "
+        print(f"{where}| {point['macs']:.2f} | {point['time']:.2f} |")
+    write({"machine": about, "rows": rows, "pointwise": points}, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
