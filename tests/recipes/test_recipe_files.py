@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from padfree.recipes import Recipe, RecipeError, load, names
 from padfree.recipes.files import dump, find, write_text
+from torch import nn
 
 from padfree import PadfreeError
 
@@ -18,7 +19,7 @@ DIGITS = ("digits/ghostnet", "digits/mobilenetv3-large", "digits/resnet20", "dig
 def test_there_is_a_recipe_for_every_row_and_for_the_digits() -> None:
     wanted = {f"{row['table']}/{row['model']}" for row in ROWS}
     assert len(ROWS) == 54 and len(wanted) == 25
-    assert set(names()) == wanted | set(DIGITS)
+    assert set(names()) == wanted | set(DIGITS) | {"imagenet/mobilenetv3-large-cosine"}
 
 
 def test_recipes_hold_the_published_and_reference_figures_of_every_row() -> None:
@@ -62,6 +63,15 @@ def test_settings_are_those_of_the_paper(table: str, epochs: int, batch: int, lr
         assert optimizer.name == "sgd" and optimizer.momentum == 0.9
         assert (optimizer.lr, optimizer.nesterov, optimizer.weight_decay) == (lr, nesterov, 1e-4)
         assert recipe.training.orthonormal_weight == (0.1 if recipe.name.endswith("bsconvs") else 0.0)
+
+
+def test_the_one_recipe_without_a_row_of_its_own() -> None:
+    recipe = load("imagenet/mobilenetv3-large-cosine")
+    assert recipe.figures is None
+    assert (recipe.training.epochs, recipe.training.batch_size) == (150, 256)
+    assert (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (0.05, 4e-5)
+    dropout = [module for module in recipe.build("original").modules() if isinstance(module, nn.Dropout)]
+    assert [module.p for module in dropout] == [0.0]
 
 
 def test_every_fault_of_a_file_is_told_at_once_with_file_and_key(small: Path) -> None:
