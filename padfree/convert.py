@@ -282,8 +282,9 @@ def _refind(plan: Plan, sites: Sites) -> list[Group]:
 
 
 def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inplace: bool) -> nn.Module:
-    target = model if inplace else full_copy(model)
-    perform(target, operations)
+    with torch.inference_mode(False):
+        target = model if inplace else full_copy(model)
+        perform(target, operations)
     target.__dict__["padfree_plan"] = made
     return target
 

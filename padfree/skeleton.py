@@ -34,11 +34,15 @@ _HOOK_DICTS = (
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Leave every CPU random generator as it was: a recorded forward, or a trial copy, may draw numbers."""
+    """Look at a model the same way whatever surrounds the call, and leave every CPU random generator as it was.
+
+    A recorded forward or a trial copy may draw numbers. Gradients are on, or a block that switches them off
+    would look like any other.
+    """
     numpy = sys.modules.get("numpy")
     python, drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         random.setstate(python)

@@ -74,7 +74,9 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
         if node.op == "get_attr" and not _resolves(module, str(node.target)):
             raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
     nodes, anchors = _link(recording, call, eval_graph, where)
-    return TracedBlock(call.path, eval_graph, nodes, anchors, spy.locked())
+    read_live = {str(node.target) for node in eval_graph.nodes if node.op == "get_attr"}
+    locked = tuple(item for item in spy.locked() if item[0] not in read_live)
+    return TracedBlock(call.path, eval_graph, nodes, anchors, locked)
 
 
 def _check_kind(module: nn.Module, where: str) -> None:
