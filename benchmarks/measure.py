@@ -26,7 +26,8 @@ class Result:
     """A row of the table.
 
     Attributes:
-        status: "full" (all sites converted), "part", "refused" (none could be), "nothing" (no candidates), "unbuilt"
+        status: "full" (all sites that the method defines a rewrite for), "part", "refused" (none), "nothing" (no
+            candidates), "unbuilt"
             (the library itself cannot build or run it), or a fault: "crash", "broken", "keys", "timeout".
         depthwise, dense, projection, stem: matches by rule.
         candidates: what makes a model one with something to convert: stride-2 convolutions with an odd kernel of
@@ -63,10 +64,6 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return asdict(self)
-
-
-# Skips that leave nothing undone.
-DONE = ("it is padding-free already", "it has a hybrid tail already")
 
 
 class Broken(Exception):
@@ -108,7 +105,7 @@ def _measure(result: Result) -> None:
     _locate(result, before, plan)
     for match in plan.matches:
         setattr(result, match.rule, getattr(result, match.rule) + 1)
-    left = [skip.reason for skip in plan.skips if skip.reason not in DONE]
+    left = [skip.reason for skip in plan.skips if skip.in_scope]
     result.skips, result.reason = len(left), left[0] if left else ""
     if not plan.matches:
         result.status = "refused" if result.candidates else "nothing"

@@ -241,6 +241,16 @@ def test_a_factory_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert padfree.load("a.safetensors")[3].out_features == 3
 
 
+def test_a_network_converted_in_two_steps_comes_back(tmp_path: Path) -> None:
+    model = padfree.convert(timm.create_model(SMALL), rules=("stem",), input_size=(3, 64, 64))
+    model = padfree.convert(model, rules=("depthwise",), input_size=(3, 64, 64))
+    save(model, tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors")
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model.eval()(x), rtol=0, atol=0)
+
+
 def test_half_precision_and_shared_tensors_come_back(tmp_path: Path) -> None:
     model = padfree.convert(timm.create_model(SMALL)).bfloat16()
     save(model, tmp_path / "a.safetensors")
