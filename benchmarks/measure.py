@@ -34,7 +34,7 @@ class Result:
             at least 3, and 3x3 stride-2 max-pools.
         sites: modules that run a stride-2 convolution with an odd kernel, 1x1 shortcuts among them.
         dw_sites: those of them that are depthwise with a kernel of at least 3.
-        located: sites that the plan names, as a match or as a skip.
+        located, dw_located: those of each that the plan names, as a match or as a skip.
         missing: the first sites that it does not name.
         depthwise_alone: whether `rules=("depthwise",)` converts something (None: no such site).
         reason: why the first place was left alone, or what went wrong.
@@ -51,6 +51,7 @@ class Result:
     sites: int = 0
     dw_sites: int = 0
     located: int = 0
+    dw_located: int = 0
     missing: list[str] = field(default_factory=list)
     depthwise_alone: bool | None = None
     params_before: int | None = None
@@ -152,6 +153,7 @@ def _locate(result: Result, recording: Recording, plan: padfree.Plan) -> None:
     result.sites, result.dw_sites = len(sites), sum(sites.values())
     missing = [path for path in sites if path not in named]
     result.located = len(sites) - len(missing)
+    result.dw_located = result.dw_sites - sum(sites[path] for path in missing)
     result.missing = missing[:5]
 
 

@@ -33,7 +33,8 @@ def totals(rows: Sequence[Row]) -> list[str]:
         f"refused with a reason: {status['refused']}; nothing to convert: {status['nothing']}; "
         f"not built or run by their library: {status['unbuilt']}",
         f"strided convolutions: {sum(row['sites'] for row in rows)}, "
-        f"named by a plan: {sum(row['located'] for row in rows)}; depthwise: {sum(row['dw_sites'] for row in rows)}",
+        f"named by a plan: {sum(row['located'] for row in rows)}; depthwise ones: "
+        f"{sum(row['dw_sites'] for row in rows)}, named: {sum(row['dw_located'] for row in rows)}",
         f"crashes: {status['crash']}; broken by conversion: {status['broken']}; "
         f"old keys or order changed: {status['keys']}; over time: {status['timeout']}",
     ]

@@ -35,6 +35,7 @@ def test_recorded_multiply_adds_agree_with_fvcore(name: str) -> None:
 def test_rows_of_known_models() -> None:
     full = measure("timm:lcnet_035")
     assert (full.status, full.depthwise, full.stem, full.located) == ("full", 4, 1, full.sites)
+    assert full.dw_located == full.dw_sites == 4
     assert full.params_after is not None and full.params_before is not None
     assert full.params_after > full.params_before
     nothing = measure("timm:vit_tiny_patch16_224")
