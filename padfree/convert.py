@@ -5,7 +5,6 @@ record -> match -> plan -> surgery -> verify, first on weightless copies, then o
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,19 +14,18 @@ import torch
 from torch import nn
 
 import padfree.rules  # noqa: F401  (registers the rules)
-from padfree.errors import NothingToConvertError, PadfreeError, PlanError, Refusal
+from padfree.errors import NothingToConvertError, PadfreeError, PlanError
 from padfree.flow import Flow
 from padfree.layers import StemTail
 from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
-from padfree.record import Recording, first_line, record
+from padfree.record import record
 from padfree.reforward import is_rewritten
-from padfree.rule import Rule
 from padfree.rule import rules as get_rules
+from padfree.settle import Trials
 from padfree.sites import Sites
 from padfree.skeleton import full_copy, kept_random_state
-from padfree.surgery import Operation, SetAttributes, Surgeon, perform
-from padfree.types import Match, Options, PlanData, Skip
-from padfree.verify import verify
+from padfree.surgery import Operation, perform
+from padfree.types import Match, Options, PlanData
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
 
@@ -48,7 +46,7 @@ class Plan(PlanData):
         with _one_at_a_time, kept_random_state():
             sites = Sites(Flow(record(model, self.input_size)))
             groups = _refind(self, sites)
-            operations = _operations(sites, groups, self.options)
+            operations = Trials(sites, self.options).operations(groups)
         return _finish(model, operations, self, inplace)
 
 
@@ -167,94 +165,14 @@ def _plan(
     with _one_at_a_time, kept_random_state():
         sites = Sites(Flow(record(model, input_size)))
         groups, skips = find(sites, everything, selected, options, include, exclude)
-        kept, operations, failed = _settle(sites, groups, options, selected)
-    matches = _matches(sites, kept, options, selected)
+        trials = Trials(sites, options, selected)
+        kept, operations, failed = trials.settle(groups)
+    matches = (*with_sizes(kept, sizes_after(sites, kept), sites), *trials.following(kept))
     recording = sites.recording
     order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
     earlier = model.__dict__.get("padfree_plan")
     made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)), earlier)
     return made, operations
-
-
-def _matches(sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]) -> tuple[Match, ...]:
-    sizes = sizes_after(sites, groups)
-    return (*with_sizes(groups, sizes, sites), *_following(sites, groups, options, selected))
-
-
-def _following(sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]) -> list[Match]:
-    sizes = sizes_after(sites, groups)
-    return [match for rule in selected if rule.follow is not None for match in rule.follow(sites, options, sizes)]
-
-
-def _settle(
-    sites: Sites, groups: list[Group], options: Options, selected: tuple[Rule, ...]
-) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
-    """The largest set of groups found that verifies: all; else one after another, failures tried again."""
-    operations, _ = _try(sites, groups, options, selected)
-    if operations is not None:
-        return groups, operations, []
-    kept: list[Group] = []
-    best: tuple[Operation, ...] = ()
-    reasons: dict[int, str] = {}
-    waiting = list(enumerate(groups))
-    while waiting:
-        again = []
-        for index, group in waiting:
-            trial = sorted([*kept, group], key=lambda g: (g.domain, g.name))
-            operations, why = _try(sites, trial, options, selected)
-            if operations is None:
-                reasons[index] = why
-                again.append((index, group))
-            else:
-                kept, best = trial, operations
-        if len(again) == len(waiting):
-            break
-        waiting = again
-    failed = [
-        Skip(match.name, reasons[index], match.rule, group.domain)
-        for index, group in waiting
-        for match in group.matches
-    ]
-    return kept, best, failed
-
-
-def _try(
-    sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule]
-) -> tuple[tuple[Operation, ...] | None, str]:
-    if not groups:
-        return (), ""
-    try:
-        operations = _operations(sites, groups, options, selected)
-        _verify(sites.recording, operations, options)
-    except PadfreeError as refusal:
-        return None, str(refusal)
-    return operations, ""
-
-
-def _verify(recording: Recording, operations: tuple[Operation, ...], options: Options) -> None:
-    try:
-        trial = perform(copy.deepcopy(recording.model), operations)
-    except PadfreeError:
-        raise
-    except Exception as error:  # the user's own classes are copied and assigned to here
-        raise Refusal(f"it cannot be carried out: {type(error).__name__}: {first_line(error)}") from error
-    resized = [operation.path for operation in operations if hasattr(operation, "shape")]
-    given = {op.path: dict(op.values) for op in operations if isinstance(op, SetAttributes)}
-    verify(recording, trial, allow_resize=options.allow_resize, resized=resized, given=given)
-
-
-def _operations(
-    sites: Sites, groups: list[Group], options: Options, selected: Iterable[Rule] | None = None
-) -> tuple[Operation, ...]:
-    surgeon = Surgeon(sites, options)
-    matches = [match for group in groups for match in group.matches]
-    if selected is not None:
-        matches += _following(sites, groups, options, selected)
-    by_name = {rule.name: rule for rule in (selected or get_rules())}
-    for match in matches:
-        rule = by_name.get(match.rule) or get_rules([match.rule])[0]
-        rule.rewrite(match, surgeon)
-    return surgeon.operations()
 
 
 def _refind(plan: Plan, sites: Sites) -> list[Group]:

@@ -91,8 +91,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     if head[8:] == b"{":
         tensors, metadata = _read_safetensors(path)
         if _KEY in metadata:

@@ -241,34 +241,18 @@ class Flow:
         return same and any(plain_kind(op) in NONLINEAR for op in ops)
 
     def feeds_only_attention(self, value: int) -> bool:
-        """Whether everything made of `value` ends as an operand of an attention product."""
-        seen, stack, met = {value}, [value], False
-        while stack:
-            current = stack.pop()
-            if current in self.recording.outputs:
+        """Whether all that is made of `value` alone ends as one operand of attention products."""
+        derived, met = {value}, False
+        for op in self.ops[self.values[value].producer + 1 :]:
+            if derived.isdisjoint(op.inputs):
+                continue
+            if derived.issuperset(op.inputs):
+                derived.update(op.outputs)
+            elif op.kind in ATTENTION:
+                met = True
+            else:
                 return False
-            readers = self.consumers(current)
-            if not readers:
-                return False
-            for index in readers:
-                op = self.ops[index]
-                if op.kind in ATTENTION:
-                    met = True
-                    continue
-                kind = plain_kind(op)
-                pointwise = kind in AFFINE and len(op.inputs) == 1
-                projects = kind in {"mm", "addmm", "split", "split_with_sizes", "unbind", "slice", "select"}
-                same_size = op.kind == "convolution" and self.size(op.outputs[0]) == self.size(op.inputs[0])
-                if not (op.kind in NORMS or kind in VIEWS or pointwise or projects or same_size):
-                    return False
-                new = [out for out in self._read_outputs(op) if out not in seen]
-                seen.update(new)
-                stack.extend(new)
-        return met
-
-    def _read_outputs(self, op: Op) -> list[int]:
-        read = [out for out in op.outputs if self.consumers(out)]
-        return read or list(op.outputs[:1])
+        return met and derived.isdisjoint(self.recording.outputs)
 
     # -- walking back ---------------------------------------------------------------------------
 

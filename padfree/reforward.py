@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import importlib
+import itertools
 import linecache
 import math
 from collections.abc import Iterator
@@ -138,9 +139,11 @@ def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Mo
     return made
 
 
+_count = itertools.count()  # of generated sources, so that no two share a file name
+
+
 def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
-    index = len([name for name in linecache.cache if name.startswith("<padfree ")])
-    filename = f"<padfree {base.__module__}.{base.__qualname__} {index}>"
+    filename = f"<padfree {base.__module__}.{base.__qualname__} {next(_count)}>"
     namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
     namespace["__name__"] = base.__module__
     exec(compile(source, filename, "exec"), namespace)  # our own text, from a graph

@@ -18,6 +18,7 @@ from padfree.errors import PadfreeError, Refusal
 from padfree.flow import AVG_POOLS
 from padfree.leaves import plain_forward, shaped_like
 from padfree.pooling import shortcut_pool
+from padfree.record import Call
 from padfree.reforward import FUSERS, NEW, Locked, Names, graph_source, original_class, rewritten_class, set_class
 from padfree.sites import Conv, Sites
 from padfree.specs import Spec
@@ -78,6 +79,10 @@ class Reforward:
 
 
 Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward
+
+
+TraceCache = dict[str, TracedBlock | Refusal]
+"""Traced blocks by path, or why they cannot be traced, shared by trials of one recording."""
 
 
 class BlockEdit:
@@ -148,7 +153,8 @@ class BlockEdit:
 class Surgeon:
     """Collects the edits of a plan's matches into operations (`padfree.rule.Editor`)."""
 
-    def __init__(self, sites: Sites, options: Options) -> None:
+    def __init__(self, sites: Sites, options: Options, traced: TraceCache | None = None) -> None:
+        self._traced = {} if traced is None else traced
         self.sites = sites
         self.options = options
         self._recording = sites.recording
@@ -160,8 +166,20 @@ class Surgeon:
         if edit is None:
             call = self._recording.calls_of[path][0]
             module = self._recording.modules[path]
-            edit = self._blocks[path] = BlockEdit(trace_block(self._recording, call), module._modules)
+            edit = self._blocks[path] = BlockEdit(self._trace(call).copied(), module._modules)
         return edit
+
+    def _trace(self, call: Call) -> TracedBlock:
+        found = self._traced.get(call.path)
+        if found is None:
+            try:
+                found = trace_block(self._recording, call)
+            except Refusal as refusal:
+                found = refusal
+            self._traced[call.path] = found
+        if isinstance(found, Refusal):
+            raise found
+        return found
 
     # -- what rules may do (documented in padfree.rule.Editor) ----------------------------------
 

@@ -49,6 +49,15 @@ class TracedBlock:
     anchors: dict[int, fx.Node]
     locked: Locked
 
+    def copied(self) -> TracedBlock:
+        """The same with a graph of its own, to be edited."""
+        graph = fx.Graph()
+        table: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, table))
+        nodes = {value: table[node] for value, node in self.nodes.items()}
+        anchors = {op: table[node] for op, node in self.anchors.items() if node in table}
+        return TracedBlock(self.path, graph, nodes, anchors, self.locked)
+
 
 def trace_block(recording: Recording, call: Call) -> TracedBlock:
     """Trace the forward of the module that `call` calls.
