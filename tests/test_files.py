@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -59,6 +62,16 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "nothing.safetensors")
     with pytest.raises(FileError, match="no such file"):
         read_checkpoint(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.pt").write_bytes(b"x")
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(FileError, match=r"a\.pt cannot be read: Permission denied"):
+        read_checkpoint(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("kept", [0, 4, 8, 9, 200, -1])
@@ -119,6 +132,20 @@ def test_a_foreign_file(tmp_path: Path, content: bytes) -> None:
 def test_metadata_that_does_not_fit(written: Path, tmp_path: Path, change: Any, reason: str) -> None:
     with pytest.raises(FileError, match=reason):
         load(rewritten(written, tmp_path / "changed.safetensors", change))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_damaged_byte_is_refused_or_harmless(written: Path, data: st.DataObject) -> None:
+    """Any one byte of the header: lengths, keys, source and plan are all in it."""
+    content = bytearray(written.read_bytes())
+    header = 8 + struct.unpack("<Q", content[:8])[0]
+    place = data.draw(st.integers(0, header - 1))
+    content[place] ^= data.draw(st.integers(1, 127))
+    path = written.with_name("damaged.safetensors")
+    path.write_bytes(content)
+    with contextlib.suppress(PadfreeError):
+        assert len(load(path).state_dict()) == len(load_file(written))
 
 
 def test_weights_that_do_not_fit(written: Path, tmp_path: Path) -> None:
