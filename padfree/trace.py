@@ -13,6 +13,7 @@ import inspect
 import operator
 import random
 import sys
+import threading
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.errors import Refusal
 from padfree.record import Call, Op, Recorder, Recording, Value, _collect, _key, _storage, first_line
@@ -72,8 +74,6 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
     eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
     if str(eval_graph) != str(train_graph):
         raise Refusal(f"the forward of {where} runs other code in training than in eval mode")
-    if spy.writes:
-        raise Refusal(f"the forward of {where} writes its own attribute `{sorted(spy.writes)[0]}`")
     if call.path == "" and spy.methods:
         raise Refusal(
             f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which others would run "
@@ -264,13 +264,21 @@ def expect_length(found: Any, expected: int, name: str) -> None:
 
 
 def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
+    for _ in range(_TRIES):
+        chance = _random_states()
+        graph = _trace_once(spy, call, training, where)
+        if _random_states() == chance:
+            return graph
+    raise Refusal(f"the forward of {where} draws random numbers of its own")
+
+
+def _trace_once(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
     stand_in = spy.fresh(training)
     tracer = BlockTracer()
     tracer.arguments = _bind(stand_in, call, where)
     spy.writes.clear()
     try:
-        chance = _random_states()
-        with _counting_autocasts() as autocasts:
+        with _counting_autocasts() as autocasts, _Draws() as draws:
             graph = tracer.trace(stand_in)
     except Exception as error:
         raise Refusal(
@@ -278,10 +286,12 @@ def _trace(spy: _Spy, call: Call, training: bool, where: str) -> fx.Graph:
         ) from error
     if autocasts:
         raise Refusal(f"the forward of {where} switches autocast on or off, which a generated forward would lose")
-    if _random_states() != chance:
+    if draws.seen:
         raise Refusal(f"the forward of {where} draws random numbers of its own")
     if changed := spy.changed():
         raise Refusal(f"the forward of {where} writes into its own attribute `{changed[0]}`")
+    if writes := sorted(name for name in spy.writes if not name.startswith("_tensor_constant")):
+        raise Refusal(f"the forward of {where} writes its own attribute `{writes[0]}`")
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
@@ -292,9 +302,11 @@ def _counting_autocasts() -> Iterator[list[torch.autocast]]:
     """Collects the autocast contexts entered meanwhile: operations on meta tensors show no trace of them."""
     entered: list[torch.autocast] = []
     enter: Any = torch.autocast.__enter__
+    here = threading.get_ident()
 
     def note(self: torch.autocast) -> Any:
-        entered.append(self)
+        if threading.get_ident() == here:
+            entered.append(self)
         return enter(self)
 
     torch.autocast.__enter__ = note  # type: ignore[method-assign]
@@ -304,10 +316,26 @@ def _counting_autocasts() -> Iterator[list[torch.autocast]]:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees random numbers that are drawn while tracing, which would become constants."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+_TRIES = 4  # other threads may draw from the same generators meanwhile
+
+
 def _random_states() -> tuple[Any, ...]:
+    """Of the generators that are not torch's."""
     numpy = sys.modules.get("numpy")
     drawn = () if numpy is None else numpy.random.get_state()[1:3]
-    return (random.getstate(), bytes(torch.get_rng_state().tolist()), *(str(part) for part in drawn))
+    return (random.getstate(), *(str(part) for part in drawn))
 
 
 def _bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:

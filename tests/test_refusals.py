@@ -285,6 +285,14 @@ class Writes(Block):
         return self.last
 
 
+class WritesInEval(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if not self.training:
+            self.last = y
+        return y
+
+
 class Counts(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -409,6 +417,7 @@ class ReturnsAnObject(Block):
         (Autocast, "switches autocast on or off"),
         (NoAutocast, "switches autocast on or off"),
         (Writes, "writes its own attribute `last`"),
+        (WritesInEval, "writes its own attribute `last`"),
         (Counts, "writes its own attribute `count`"),
         (Appends, "writes into its own attribute `seen`"),
         (CountsInDict, "writes into its own attribute `stats`"),
@@ -509,6 +518,13 @@ def test_the_original_is_untouched(function: Any) -> None:
         assert before.pop("random")[1] == after.pop("random")[1]
     assert after == before
     assert not fired
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_gradients_switched_off_are_seen_where_they_are_off_anyway(context: Any) -> None:
+    with context():
+        text = refusal(Net(NoGrad()))
+    assert "switches gradients on or off" in text
 
 
 def test_global_state_is_restored() -> None:

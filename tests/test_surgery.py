@@ -166,6 +166,38 @@ def test_2_the_lock_survives_copies_and_pickles() -> None:
             twin.block.on = False
 
 
+def test_2_plain_tensors_are_read_when_called() -> None:
+    class Weighted(Unit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.full((1, 8, 1, 1), 2.0)  # no buffer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.weight)
+
+    made = convert(Net(Weighted())).eval()
+    assert_close(made(images()), expected_scaled(made, 2))
+    made.block.weight = torch.full((1, 8, 1, 1), 3.0)
+    assert_close(made(images()), expected_scaled(made, 3))
+
+
+@pytest.mark.xfail(strict=True, reason="plain state of a child that the block's forward reads is baked unlocked")
+def test_2_plain_state_of_a_child_is_not_baked_unseen() -> None:
+    class Drops(Unit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return self.drop(y) if self.drop.p > 0 else y
+
+    made = convert(Net(Drops())).train()
+    with pytest.raises(padfree.PadfreeError):
+        made.block.drop.p = 1.0
+        assert made(images()).unique().tolist() == [0.0]
+
+
 class Locked(Unit):
     def __init__(self) -> None:
         super().__init__()
@@ -225,6 +257,25 @@ def test_4_the_source_can_be_read() -> None:
     assert source.startswith("def forward(self, x)") and "self.conv(x)" in source
     linecache.checkcache()
     assert inspect.getsource(type(made.block).forward) == source
+
+
+def test_4_sources_do_not_mix_when_the_line_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linecache, "cache", {})
+
+    class Plus(Unit):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 1)
+
+    first = type(convert(Net(Plus())).block)
+    linecache.clearcache()
+
+    class Plus(Unit):  # type: ignore[no-redef]
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 2)
+
+    second = type(convert(Net(Plus())).block)
+    assert first.forward.__code__.co_filename != second.forward.__code__.co_filename
+    assert "x + 2" in inspect.getsource(second.forward)
 
 
 def test_4_an_error_inside_shows_the_generated_line() -> None:

@@ -788,6 +788,65 @@ def test_exclude_leaves_a_place_alone() -> None:
     assert_close(made(images()), x)
 
 
+CONTEXTS = [
+    torch.no_grad,
+    torch.inference_mode,
+    lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    lambda: torch.device("meta"),
+]
+
+
+@pytest.mark.parametrize("context", CONTEXTS, ids=["no_grad", "inference_mode", "autocast", "meta"])
+def test_what_surrounds_the_call_does_not_matter(context: Any) -> None:
+    model = Net(Basic())
+    with context():
+        made = convert(model, rules=None)
+    assert made.padfree_plan == convert(model, rules=None).padfree_plan
+    assert all(p.requires_grad and p.device.type == "cpu" for p in made.parameters())
+    made(images()).sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+
+
+def test_a_model_without_weights() -> None:
+    with torch.device("meta"):
+        model = Net(Basic())
+    made = convert(model, rules=None)
+    assert {tensor.device.type for tensor in made.state_dict().values()} == {"meta"}
+    assert made(images().to("meta")).shape == (2, 16, 7, 7)
+
+
+def test_a_root_that_looks_at_values_runs_on_real_tensors() -> None:
+    class Looks(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.mean().item() > 1e9:
+                return x
+            return super().forward(x + torch.from_numpy(x.detach().numpy() * 0))
+
+    model = Looks(Unit())
+    before = snapshot(model)
+    padfree.plan(model, input_size=(3, SIDE, SIDE))
+    assert snapshot(model) == before
+    made = convert(model).eval()
+    assert_close(made(images()), expected(made.block, made.stem(images())))
+
+
+def test_a_conv_that_keeps_its_settings_as_integers() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 1, 3, 3)), None
+            self.stride, self.padding = 2, 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, None, self.stride, self.padding, 1, 8)
+
+    unit = Unit()
+    unit.conv = Own()  # type: ignore[assignment]
+    made = convert(Net(unit)).eval()
+    assert made.block.conv.padding == 0
+    assert_close(made(images()), expected(made.block, made.stem(images())))
+
+
 def test_other_input_sizes_than_the_recorded_one() -> None:
     made = convert(Net(Unit()), size=(3, SIDE, SIDE)).eval()
     for side in (3, 9, 40):
