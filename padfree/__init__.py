@@ -7,6 +7,7 @@ from padfree.compare import Comparison, compare
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.errors import PadfreeError
 from padfree.files import load, save
+from padfree.fusion import fuse
 from padfree.rule import Example, Rule, register
 from padfree.types import Match, Options, Skip
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "compare",
     "convert",
+    "fuse",
     "is_converted",
     "load",
     "plan",
