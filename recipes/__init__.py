@@ -5,6 +5,6 @@
 """
 
 from .files import RecipeError, load, names
-from .schema import Recipe
+from .recipe import Recipe
 
 __all__ = ["Recipe", "RecipeError", "load", "names"]

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from padfree.errors import PadfreeError
+import padfree
+from padfree import PadfreeError
 
 from .count import count
 from .files import read_yaml
@@ -63,8 +64,6 @@ def bsconv_lines(
 
 
 def _line(architecture: str, published: dict[str, float]) -> BSConvLine:
-    import padfree
-
     spec = ModelSpec(builder="bsconv", name=architecture, num_classes=CLASSES, input_side=SIDE)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

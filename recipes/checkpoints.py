@@ -36,7 +36,7 @@ from torch import nn
 from padfree.errors import PadfreeError
 
 from .files import dump, load, write_text
-from .schema import Recipe
+from .recipe import Recipe
 
 PACKAGES = ("padfree", "torch", "torchvision", "timm", "bsconv", "accelerate", "torchmetrics", "safetensors")
 FREE_KEYS = ("root", "workers", "download")  # of `data`: a resumed run may find its data elsewhere

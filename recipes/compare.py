@@ -13,8 +13,8 @@ from padfree.errors import PadfreeError
 
 from .checkpoints import Progress
 from .count import count
+from .recipe import Recipe
 from .report import plain_table, wide_console, write_json
-from .schema import Recipe
 from .train import Run, train
 from .variants import variants as known_variants
 
@@ -65,6 +65,8 @@ def compare_variants(
     Raises:
         PadfreeError: no seeds, an unknown variant, or a run fails.
     """
+    from accelerate import PartialState
+
     if seeds < 1:
         raise PadfreeError(f"--seeds is {seeds}; give 1 or more")
     if unknown := [name for name in variants if name not in known_variants(recipe)]:
@@ -77,6 +79,8 @@ def compare_variants(
             run = Run(recipe, variant, seed, place, resume=True, cpu=cpu, quiet=quiet)
             runs[variant].append(train(run))
     outcomes = tuple(_outcome(recipe, variant, runs[variant]) for variant in variants)
+    if not PartialState().is_main_process:
+        return outcomes
     report = {
         "recipe": recipe.name,
         "seeds": seeds,

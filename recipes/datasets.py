@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from padfree.errors import PadfreeError
 
-from .schema import Recipe
+from .recipe import Recipe
 from .transforms import compose
 
 Transform = Callable[[Any], Tensor]

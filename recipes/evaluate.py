@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from .checkpoints import WEIGHTS, RunError, checkpoints, read_progress, read_run
 from .loaders import eval_loader
-from .schema import Recipe
+from .recipe import Recipe
 
 
 class Scores:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from padfree.errors import PadfreeError
 
-from .schema import Recipe
+from .recipe import Recipe
 
 LIBRARY = Path(__file__).parent / "library"
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from padfree.errors import PadfreeError
 
 from .datasets import build_dataset
-from .schema import Recipe
+from .recipe import Recipe
 
 
 def train_loader(accelerator: Any, recipe: Recipe) -> Any:

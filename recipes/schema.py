@@ -7,8 +7,7 @@ settings".
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -22,9 +21,6 @@ from pydantic import (
 
 from .count import Convention
 from .transforms import TRANSFORMS
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
 Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
@@ -229,8 +225,8 @@ class Figures(Section):
     rows: dict[Variant, Row]
 
 
-class Recipe(Section):
-    """One experiment; `padfree.recipes.load` makes it from a file.
+class RecipeData(Section):
+    """What a recipe file says; `padfree.recipes.Recipe` adds what can be made of it.
 
     Attributes:
         name: `<table>/<model>`, or the path of the file.
@@ -246,23 +242,3 @@ class Recipe(Section):
     schedule: Annotated[StepSpec | CosineSpec, Field(discriminator="name")]
     training: TrainingSpec
     figures: Figures | None = None
-
-    @property
-    def table(self) -> str:
-        """The first part of the name."""
-        return PurePosixPath(self.name).parts[0]
-
-    def build(self, variant: str = "padfree", *, seed: int = 0) -> nn.Module:
-        """A freshly initialised network on the CPU in training mode.
-
-        Args:
-            variant: original, padfree, stem-only, downsampling-only, or efficientformerv2 where the
-                recipe names the blocks.
-            seed: of the initial values; torch's own random state is left as it was.
-
-        Raises:
-            PadfreeError: no such variant, or the source model cannot be had.
-        """
-        from .variants import build
-
-        return build(self, variant, seed)

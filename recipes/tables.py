@@ -14,7 +14,8 @@ from typing import Any
 
 from .count import Count, count
 from .files import RecipeError, load, names
-from .schema import Recipe, Row
+from .recipe import Recipe
+from .schema import Row
 
 FVCORE_TOLERANCE = 0.005
 MODULES_TOLERANCE = 0.01

@@ -39,7 +39,8 @@ from .files import write_text
 from .loaders import eval_loader, set_epoch, train_loader
 from .losses import orthonormal_loss
 from .progress import ProgressBar
-from .schema import AdamWSpec, Recipe, StepSpec
+from .recipe import Recipe
+from .schema import AdamWSpec, StepSpec
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 
@@ -163,6 +164,8 @@ class Step:
                 self.check(total, index)
                 right = (logits.argmax(1) == targets).float().mean()
                 self.bar.trained(float(total) / index, 100 * float(right))
+        if index == 0:
+            raise TrainingError(f"epoch {self.number} gave no training images; look at data.train_samples")
         self.check(total, index)
         return scores, time.perf_counter() - start
 

@@ -7,28 +7,27 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from padfree.errors import PadfreeError
+import padfree
+from padfree import PadfreeError
 
 from .efficientformerv2 import replace_downsampling
 from .models import build_model
-from .schema import Recipe, Variant
+from .schema import RecipeData, Variant
 
 DOWNSAMPLING = ("depthwise", "dense", "projection")
 STEM = ("stem",)
 
 
-def variants(recipe: Recipe) -> tuple[str, ...]:
+def variants(recipe: RecipeData) -> tuple[str, ...]:
     """The variants that a recipe can build."""
     skip = () if recipe.efficientformerv2 else ("efficientformerv2",)
     return tuple(name for name in get_args(Variant) if name not in skip)
 
 
-def build(recipe: Recipe, variant: str, seed: int) -> nn.Module:
+def build(recipe: RecipeData, variant: str, seed: int) -> nn.Module:
     """See `Recipe.build`."""
     if variant not in variants(recipe):
         raise PadfreeError(f"recipe {recipe.name} has no variant {variant!r}; it has {', '.join(variants(recipe))}")
-    import padfree
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(recipe.model)
@@ -39,15 +38,13 @@ def build(recipe: Recipe, variant: str, seed: int) -> nn.Module:
         return padfree.convert(model, **conversion(recipe, variant))
 
 
-def conversion(recipe: Recipe, variant: str) -> dict[str, Any]:
+def conversion(recipe: RecipeData, variant: str) -> dict[str, Any]:
     """The arguments of `padfree.convert` and `padfree.plan` for a variant.
 
     Args:
         recipe: whose options and input size.
         variant: padfree, stem-only or downsampling-only.
     """
-    import padfree
-
     options = recipe.conversion
     downsampling = (*DOWNSAMPLING, *options.extra_rules)
     rules = {"padfree": downsampling + STEM, "stem-only": STEM, "downsampling-only": downsampling}[variant]
