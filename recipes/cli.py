@@ -13,8 +13,6 @@ from rich.console import Console
 
 from padfree.errors import PadfreeError
 
-from .files import RecipeError, find, load, names, write_text
-
 EPILOG = """NAME is a recipe of `padfree-recipes list`, or the path of a recipe file.
 key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML)."""
 
@@ -33,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
     except PadfreeError as error:
         print(f"padfree-recipes: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        print(f"padfree-recipes: needs the package {package}: pip install 'padfree[recipes]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("padfree-recipes: interrupted; `--resume` goes on from the last whole epoch", file=sys.stderr)
@@ -107,17 +109,23 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    from .files import names
+
     print(json.dumps(names()) if arguments.json else "\n".join(names()))
     return 0
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from .files import find, load
+
     load(arguments.name)  # says what is wrong with it before it is shown
     sys.stdout.write(find(arguments.name).read_text(encoding="utf-8"))
     return 0
 
 
 def _copy(arguments: argparse.Namespace) -> int:
+    from .files import RecipeError, find, write_text
+
     source, target = find(arguments.name), arguments.file
     if target.exists():
         raise RecipeError(f"{target} is there already; give another name")
@@ -128,6 +136,7 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 
 def _table(arguments: argparse.Namespace) -> int:
+    from .files import load
     from .report import show_bsconv, show_lines, wide_console, write_json
     from .tables import Line, lines, recipe_lines
 
@@ -160,6 +169,7 @@ def _table(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from .files import load
     from .train import Run, train
 
     recipe = load(arguments.name, arguments.changes)
@@ -195,6 +205,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from .compare import compare_variants
+    from .files import load
 
     recipe = load(arguments.name, arguments.changes)
     compare_variants(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,12 @@ def test_a_damaged_image_in_a_loading_process_is_one_line(
     assert main([*command, *data, "training.batch_size=2"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "class1/2.png: cannot be read as an image" in lines[0]
+
+
+@pytest.mark.parametrize(("package", "command"), [("pydantic", "list"), ("accelerate", "train digits/resnet20")])
+def test_a_missing_package_is_one_line(package: str, command: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; from padfree.recipes.cli import main; "
+    code += f"sys.exit(main({command.split()!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"padfree-recipes: needs the package {package}: pip install 'padfree[recipes]'\n"
