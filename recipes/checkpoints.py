@@ -93,6 +93,8 @@ def open_run(folder: Path, recipe: Recipe, about: dict[str, Any], resume: bool) 
     for stale in (folder / "checkpoints").glob(".part-*"):
         shutil.rmtree(stale)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if checkpoints(folder):  # a kill may have come between the last checkpoint and its line
+        write_text(folder / "metrics.csv", _csv(read_progress(folder)))
     write_text(folder / "recipe.yaml", dump(recipe))
     record = {**about, "name": recipe.name, "versions": versions(), "command": sys.argv}
     write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")

@@ -120,9 +120,12 @@ def test_a_folder_with_a_run_is_not_overwritten(small: Path, finished: Path) -> 
 
 def test_a_finished_run_resumed_trains_no_more(small: Path, finished: Path) -> None:
     before = (checkpoints(finished)[-1] / "progress.json").stat().st_mtime_ns
+    figures = (finished / "metrics.csv").read_text()
+    (finished / "metrics.csv").unlink()
     progress = run(small, finished, "training.ema_decay=0.9", "training.clip_norm=5", resume=True)
     assert progress.done == 2
     assert (checkpoints(finished)[-1] / "progress.json").stat().st_mtime_ns == before
+    assert (finished / "metrics.csv").read_text() == figures
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
