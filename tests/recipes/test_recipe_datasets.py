@@ -15,7 +15,7 @@ import pytest
 import torch
 from padfree.recipes import load
 from padfree.recipes.datasets import DataError, build_dataset, fetch_stanford_dogs
-from padfree.recipes.schema import Recipe
+from padfree.recipes.recipe import Recipe
 from padfree.recipes.train import Run, train
 from PIL import Image
 

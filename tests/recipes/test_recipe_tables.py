@@ -7,7 +7,7 @@ import functools
 import pytest
 from padfree.recipes import RecipeError, load
 from padfree.recipes.bsconv_table import bsconv_lines, rows
-from padfree.recipes.schema import Recipe
+from padfree.recipes.recipe import Recipe
 from padfree.recipes.tables import Line, lines, recipe_lines, tables
 
 MAIN = {"cifar100-first": 12, "cifar100-second": 8, "stanford-dogs": 4, "imagenet": 2, "vegfru-292": 8}
