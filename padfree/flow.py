@@ -184,8 +184,8 @@ class Flow:
             current = after
             if normed and self.values[current].shape == self.values[value].shape:
                 norm = current
-        start = value if norm is None else norm
-        act, act_path = self.activation(start)
+        same = self.values[current].shape == self.values[value].shape
+        act, act_path = self.activation(current if same else value if norm is None else norm)
         norm_path = norm_path if norm is not None else ""
         read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
         return Chain(value, norm, act, norm_path, act_path, bool(read) and not self.is_map(read[0]))

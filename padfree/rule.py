@@ -56,6 +56,9 @@ class Editor(Protocol):
     def after(self, block: str, value: int, spec: Spec) -> None:
         """Put a new layer after `value`."""
 
+    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:
+        """Put a new layer on `source` in the place of operation `op`, which goes."""
+
     def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:
         """Add a new layer's output on `source` to `merge`."""
 

@@ -93,14 +93,16 @@ def full_copy(model: nn.Module) -> nn.Module:
 
 
 def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    for module in model.modules():
+        for computed in _computed(module.__dict__):
+            memo.setdefault(id(computed), computed.detach().clone())
     try:
         duplicate: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:
         raise PadfreeError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); "
             "padfree works on a copy. "
-            "Hint: old-style weight_norm/spectral_norm keep non-leaf tensors (use torch.nn.utils.parametrizations); "
-            "keep open files, generators and computed tensors out of the model"
+            "Hint: keep open files, generators and locks out of the model"
         ) from error
     copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
     for module in duplicate.modules():
@@ -109,6 +111,19 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             if rebound is not value:
                 module.__dict__[name] = rebound
     return duplicate
+
+
+def _computed(tree: Any) -> Iterator[torch.Tensor]:
+    """Plain tensors that carry a graph (caches of eval-mode attention, old-style weight_norm): torch copies none."""
+    if isinstance(tree, torch.Tensor):
+        if tree.grad_fn is not None:
+            yield tree
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from _computed(item)
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from _computed(item)
 
 
 def _meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -282,6 +282,12 @@ class Surgeon:
         name = "stem" if spec.kind == "stem_tail" else spec.kind
         edit.substitute(edit.node(value), lambda old, at: edit.call(at, spec, old, name=name))
 
+    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+        edit = self._block(block)
+        node = edit.anchor(op)
+        edit.substitute(node, lambda old, at: edit.call(at, spec, edit.node(source), name="stem"))
+        edit.drop(node)
+
     def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         new = edit.call(edit.anchor(anchor), spec, edit.node(source), name="dense")

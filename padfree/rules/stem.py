@@ -115,8 +115,10 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     detail["absorbs"] = int(pool is not None)
     if place and _replaceable(sites, place):
         detail["place"] = place
-    elif pool is not None:
-        raise Refusal("the max-pool after it is a function call, or runs more than once, and cannot be absorbed")
+    elif pool is not None:  # a function call, or a module that others use too
+        detail |= {"end": end, "pool": pool.index}
+        call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
+        block = call.path
     else:
         call = block_for(sites, conv.op, value, owner=conv.path, child=True)
         block = call.path
@@ -187,6 +189,8 @@ def rewrite(match: Match, edit: Editor) -> None:
     )  # fmt: skip
     if "place" in detail:
         edit.replace_end(detail["place"], spec)
+    elif "pool" in detail:
+        edit.instead(match.block, detail["end"], detail["pool"], spec)
     else:
         edit.after(match.block, detail["value"], spec)
 
