@@ -137,9 +137,7 @@ def test_a_subclass_that_changes_its_weight_stays():
 
 def test_training_mode_is_refused_with_the_module():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(
-        padfree.PadfreeError, match=r"`Sequential` is in training mode \(and 2 more\); call model"
-    ):
+    with pytest.raises(padfree.PadfreeError, match=r"`Sequential` is in training mode \(and 2 more\); call model"):
         fuse(model)
     model.eval()[1].train()
     with pytest.raises(padfree.PadfreeError, match="`1` is in training mode; call model"):
