@@ -124,7 +124,7 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
         if site.shortcut:
             block = None
         else:
-            block = block_for(sites, conv.op, site.source, merge, owner=conv.path, child=project)
+            block, merge = _block_and_merge(sites, site, merge, project)
             detail |= {"source": site.source, "merge": merge, "anchor": anchor, "project": int(project)}
             window = (conv.spans[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
             detail |= {"pool": list(window), "repeat": 1 if site.dense else channels[1] // channels[0]}
@@ -134,6 +134,26 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
     except Refusal as refusal:
         return Skip(conv.path, str(refusal), rule, sites.flow.domain(conv.out))
     return new_match(sites, rule, conv, "" if block is None else block.path, detail)
+
+
+def _block_and_merge(sites: Sites, site: Site, merge: int, child: bool) -> tuple[Call, int]:
+    """The block that holds the site's source and `merge`; or, where none does, an earlier part of the chain.
+
+    A norm or activation that only another module's forward sees together with the source is that module's:
+    the chain ends before it (a pre-activation conv inside a module of its own).
+
+    Raises:
+        Refusal: no module holds the source and any part of the chain.
+    """
+    lead, chain = site.lead, site.chain
+    parts = [value for value in (chain.conv, chain.norm, chain.act) if value is not None and value <= merge]
+    refusal = Refusal("")
+    for value in reversed(parts):
+        try:
+            return block_for(sites, lead.op, site.source, value, owner=lead.path, child=child), value
+        except Refusal as error:
+            refusal = refusal if str(refusal) else error
+    raise refusal
 
 
 def _fused(sites: Sites, site: Site) -> bool:

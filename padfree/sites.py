@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from padfree.flow import AFFINE, NORMS, VIEWS, Chain, Flow, data_input, plain_kind
+from padfree.flow import AFFINE, NONLINEAR, NORMS, VIEWS, Chain, Flow, data_input, plain_kind
 from padfree.geometry import effective_kernel, padfree_padding
 from padfree.record import Op, Ref
 
@@ -284,10 +284,10 @@ class Sites:
             pair.insert(0, point)
             source = point.source
 
-    def _is_shortcut(self, source: int, value: int) -> bool:
+    def _is_shortcut(self, source: int, value: int, *, preact: bool = False) -> bool:
         """Whether only linear operations lead from a fork through here to a sum with a nonlinear branch."""
         flow = self.flow
-        source = self._fork(source)
+        source = self._fork(source, preact)
         if len(flow.consumers(source)) < 2:
             return False
         stack, sums = [value], 0
@@ -314,21 +314,25 @@ class Sites:
         kind = plain_kind(op)
         return op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)
 
-    def _fork(self, value: int) -> int:
-        """Back from `value` through linear operations and convs to a value that several operations read."""
+    def _fork(self, value: int, preact: bool) -> int:
+        """Back from `value` through linear operations and convs to a value that several operations read.
+
+        With `preact` also through the activation of a norm -> act that the branch begins with.
+        """
         flow = self.flow
         while len(flow.consumers(value)) < 2:
             op = flow.producer(value)
             if op is None or not op.inputs:
                 break
-            if not (self._is_linear(op) or op.kind in {"convolution", "avg_pool2d", "constant_pad_nd"}):
+            bends = preact and plain_kind(op) in NONLINEAR and len(op.inputs) == 1
+            if not (self._is_linear(op) or bends or op.kind in {"convolution", "avg_pool2d", "constant_pad_nd"}):
                 break
             value = data_input(op) if isinstance(op.args[0][0], Ref) else op.inputs[0]
         return value
 
     def is_shortcut_op(self, op: Op) -> bool:
-        """`_is_shortcut` for a pool."""
-        return self._is_shortcut(data_input(op), op.outputs[0])
+        """Whether a pool or 1x1 conv, after a norm -> act of its own at most, only adapts a shortcut's shape."""
+        return self._is_shortcut(data_input(op), op.outputs[0], preact=True)
 
 
 def _pair(value: Any) -> tuple[int, int]:
