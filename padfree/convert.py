@@ -45,8 +45,8 @@ class Plan(PlanData):
             model, inplace = Plan(**vars(self.earlier)).apply(model, inplace=inplace), True
         with _one_at_a_time, kept_random_state():
             sites = Sites(Flow(record(model, self.input_size)))
-            groups = _refind(self, sites)
-            operations = Trials(sites, self.options).operations(groups)
+            groups, trials = _refind(self, sites)
+            operations = trials.operations(groups)
         return _finish(model, operations, self, inplace)
 
 
@@ -175,28 +175,34 @@ def _plan(
     return made, operations
 
 
-def _refind(plan: Plan, sites: Sites) -> list[Group]:
-    """The plan's matches, found again in a model.
+def _refind(plan: Plan, sites: Sites) -> tuple[list[Group], Trials]:
+    """The plan's matches, found again in a model, and the trials that carry them out.
 
     Raises:
         PlanError: one is not there, or differs.
     """
     used = get_rules(dict.fromkeys(match.rule for match in plan.matches) or None)
-    by_key: dict[tuple[str, str, Any], Match] = {}
-    for rule in used:
-        for found in rule.match(sites, plan.options):
-            if isinstance(found, Match):
-                by_key[(found.rule, found.name, found.detail.get("op"))] = found
+    trials = Trials(sites, plan.options, used)
+    found = [item for rule in used for item in rule.match(sites, plan.options) if isinstance(item, Match)]
+    there = {_key(match): match for match in found}
     groups: dict[int, list[Match]] = {}
     for match in plan.matches:
-        found_match = by_key.get((match.rule, match.name, match.detail.get("op")))
-        if found_match is None or found_match.to_dict()["detail"] != match.to_dict()["detail"]:
+        if _key(match) in there:
+            groups.setdefault(match.domain, []).append(there[_key(match)])
+    grouped = [Group(domain, tuple(matches)) for domain, matches in sorted(groups.items())]
+    there |= {_key(match): match for match in trials.following(grouped)}
+    for match in plan.matches:
+        again = there.get(_key(match))
+        if again is None or again.to_dict()["detail"] != match.to_dict()["detail"]:
             raise PlanError(
                 f"the plan for {plan.model} does not fit this {type(sites.recording.model).__name__}: "
                 f"`{match.name}` is not there, or not as it was; make a new plan"
             )
-        groups.setdefault(found_match.domain, []).append(found_match)
-    return [Group(domain, tuple(matches)) for domain, matches in sorted(groups.items())]
+    return grouped, trials
+
+
+def _key(match: Match) -> tuple[str, str, Any]:
+    return (match.rule, match.name, match.detail.get("op"))
 
 
 def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inplace: bool) -> nn.Module:

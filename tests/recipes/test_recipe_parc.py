@@ -102,7 +102,6 @@ def test_without_the_rule_the_maps_of_parc_are_left_alone() -> None:
     assert skipped.get("rows.3.0.mix.0")
 
 
-@pytest.mark.xfail(raises=PadfreeError, reason="Plan.apply does not find matches of `follow` again")
 def test_a_plan_with_the_rule_applies_word_for_word() -> None:
     ensure_registered()
     recipe = load("cifar100-second/parc-mobilenetv2")
