@@ -13,9 +13,7 @@ from padfree.rule import Example, rules
 
 BUILT_IN = ("depthwise", "dense", "projection", "stem")
 EXAMPLES = [(name, index) for name in BUILT_IN for index in range(len(rules([name])[0].examples))]
-COUNTEREXAMPLES = [
-    (name, index) for name in BUILT_IN for index in range(len(rules([name])[0].counterexamples))
-]
+COUNTEREXAMPLES = [(name, index) for name in BUILT_IN for index in range(len(rules([name])[0].counterexamples))]
 
 
 def test_every_rule_has_examples_of_both_kinds() -> None:
