@@ -149,6 +149,13 @@ def test_the_licence_is_whole() -> None:
     assert len(text) == 11357
 
 
+def test_the_readme_has_two_commands_from_a_fresh_clone() -> None:
+    lines = re.findall(r"^python3 -m venv \.venv && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) == 2
+    assert lines[0].endswith("padfree-convert --timm mobilenetv3_large_100")
+    assert "pytest" in lines[1]
+
+
 @pytest.mark.parametrize("name", [".ci/run"])
 def test_scripts_can_be_run(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
