@@ -124,9 +124,18 @@ class Flow:
         for value in self.recording.inputs:
             self._place(value, ())
         for op in self.ops:
+            if op.kind == "convolution" or op.kind in MAX_POOLS | AVG_POOLS:
+                self._claim(data_input(op))
             for out in op.outputs:
                 if self.values[out].live:
                     self._place(out, op.inputs)
+
+    def _claim(self, value: int) -> None:
+        """What a convolution or pool reads is a map, however it was laid out before."""
+        shape = self.values[value].shape
+        if value in self._parent and value not in self._maps and len(shape) == 4:
+            self._maps.add(value)
+            self._tag[value] = (shape[2], shape[3])
 
     def _place(self, value: int, inputs: tuple[int, ...]) -> None:
         """Give a new value its domain: that of the inputs of its size, or one of its own."""
