@@ -17,7 +17,8 @@ from torch import nn
 import padfree
 from benchmarks.catalogue import input_size
 from padfree.compare import minimum_input
-from padfree.record import Recording, Ref, example_inputs, record
+from padfree.record import Recording, example_inputs, record
+from padfree.recorder import Ref
 from padfree.sources import Source
 
 

@@ -17,6 +17,7 @@ import padfree.rules  # noqa: F401  (registers the rules)
 from padfree.errors import NothingToConvertError, PadfreeError, PlanError
 from padfree.flow import Flow
 from padfree.layers import StemTail
+from padfree.operations import Operation, perform
 from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
 from padfree.record import record
 from padfree.reforward import is_rewritten
@@ -24,7 +25,6 @@ from padfree.rule import rules as get_rules
 from padfree.settle import Trials
 from padfree.sites import Sites
 from padfree.skeleton import full_copy, kept_random_state
-from padfree.surgery import Operation, perform
 from padfree.types import Match, Options, PlanData
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces

@@ -23,7 +23,8 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 from padfree.files import check_target, replacing
-from padfree.record import check_input_size, default_input_size, first_line
+from padfree.record import check_input_size, default_input_size
+from padfree.recorder import first_line
 
 __all__ = ["to_exported_program", "to_onnx"]
 

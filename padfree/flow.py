@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from padfree.record import Call, Op, Recording, Ref
+from padfree.record import Call, Recording
+from padfree.recorder import Op, Ref
 
 NORMS = frozenset(
     {

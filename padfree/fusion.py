@@ -17,7 +17,8 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from padfree.errors import PadfreeError
-from padfree.record import Recording, example_inputs, first_line, record
+from padfree.record import Recording, example_inputs, record
+from padfree.recorder import first_line
 from padfree.skeleton import bare_copy, full_copy
 
 __all__ = ["fuse"]

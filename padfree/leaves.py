@@ -13,7 +13,8 @@ from torch import nn
 
 from padfree.errors import Refusal
 from padfree.geometry import padfree_size
-from padfree.record import Call, Op, Recorder, Recording, _collect
+from padfree.record import Call, Recording
+from padfree.recorder import Op, Recorder, collect
 from padfree.reforward import Names, rewritten_class, set_class
 
 _FORWARDS: dict[type[nn.Module], str] = {
@@ -89,7 +90,7 @@ def _effect(
             set_class(module, rewritten_class(kind, _FORWARDS[base], _NAMES[base], ()))
         recorder = Recorder()
         tensors: list[Any] = []
-        _collect(call.arguments, tensors)
+        collect(call.arguments, tensors)
         for tensor in tensors:
             recorder.enter(tensor)
         with recorder:

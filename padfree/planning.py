@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from padfree.errors import PadfreeError
 from padfree.flow import data_input
 from padfree.geometry import padfree_size
-from padfree.record import Op
+from padfree.recorder import Op
 from padfree.rule import Rule, Sizes
 from padfree.sites import Sites
 from padfree.types import Match, Options, Skip

@@ -9,16 +9,15 @@ functional code, scripted functions and modules look alike.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.errors import PadfreeError
+from padfree.recorder import Op, Recorder, Value, collect, first_line, storage
 from padfree.skeleton import bare_copy, meta_copy
 
 
@@ -30,40 +29,6 @@ class ForwardFailedError(Exception):
         self.path = path
         self.shapes = shapes
         self.cause = cause
-
-
-class Ref(NamedTuple):
-    """Stands for a tensor among an operation's recorded arguments."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor as it flows: its shape, the operation that made it (-1: none), and what it is.
-
-    `live` says that it depends on the network's input; `name` is its path if it is a parameter
-    or buffer of the model.
-    """
-
-    index: int
-    shape: tuple[int, ...]
-    producer: int
-    live: bool
-    name: str
-
-
-@dataclass(frozen=True)
-class Op:
-    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
-
-    index: int
-    kind: str
-    args: tuple[Any, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    call: int
-    grad: bool
 
 
 @dataclass(frozen=True)
@@ -132,89 +97,6 @@ class Recording:
             call = self.calls[call].parent
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down the operations run under it. Tensors are told apart by storage and geometry.
-
-    Real tensors that meet meta ones (constants a model keeps outside its state) are moved to meta.
-    """
-
-    def __init__(self, names: Mapping[int, str] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.values: list[Value] = []
-        self.ops: list[Op] = []
-        self._names = names or {}
-        self._index: dict[tuple[Any, ...], int] = {}
-        self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
-        self.stack: list[int] = [-1]
-
-    def value(self, tensor: torch.Tensor) -> int:
-        """The index of the value `tensor` holds now."""
-        found = self._index.get(_key(tensor))
-        return self._new(tensor, -1, live=False) if found is None else found
-
-    def enter(self, tensor: torch.Tensor) -> int:
-        """Declare `tensor` an input of the network."""
-        return self._new(tensor, -1, live=True)
-
-    def _new(self, tensor: torch.Tensor, producer: int, live: bool) -> int:
-        index = len(self.values)
-        name = "" if producer >= 0 or live else self._names.get(_storage(tensor), "")
-        self.values.append(Value(index, tuple(tensor.shape), producer, live, name))
-        self._index[_key(tensor)] = index
-        self._alive.append(tensor)
-        return index
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors: list[torch.Tensor] = []
-        _collect(args, tensors)
-        _collect(tuple(kwargs.values()), tensors)
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = _to_meta(args), {key: _to_meta(item) for key, item in kwargs.items()}
-            if isinstance(kwargs.get("device"), torch.device):
-                kwargs["device"] = torch.device("meta")
-        elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        refs = [self.value(tensor) for tensor in tensors]
-        frozen = _freeze((args, kwargs), self.value)
-        result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
-        if result is None:
-            result = func(*args, **kwargs)
-        if (
-            tensors
-            and isinstance(result, torch.Tensor)
-            and not func._schema.is_mutable
-            and _key(result) == _key(tensors[0])
-        ):
-            return result  # a view of the same thing: the same value
-        live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
-        outputs: list[torch.Tensor] = []
-        _collect((result,), outputs)
-        index = len(self.ops)
-        made = tuple(self._new(out, index, bool(live)) for out in outputs)
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
-        return result
-
-
-_UNARY = frozenset({"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"})
-
-
-def _quick_meta(func: Any, args: Any) -> Any:
-    """The outputs of batch norms and activations on meta tensors, whose own kernels take up to 50 times as long.
-
-    None for everything else.
-    """
-    kind = _kind(func)
-    x = args[0]
-    if kind == "native_batch_norm":
-        count = x.shape[1] if args[5] else 0
-        statistics = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
-        return (torch.empty_like(x), *statistics)
-    if kind.rstrip("_") in _UNARY and isinstance(x, torch.Tensor) and x.is_floating_point():
-        return x if kind.endswith("_") else torch.empty_like(x)
-    return None
-
-
 class CallTracker:
     """Hooks on every module of a copy that note when its calls begin and end."""
 
@@ -252,7 +134,7 @@ class CallTracker:
 
     def _values(self, tree: Any) -> tuple[int, ...]:
         tensors: list[torch.Tensor] = []
-        _collect((tree,), tensors)
+        collect((tree,), tensors)
         return tuple(self._recorder.value(tensor) for tensor in tensors)
 
 
@@ -348,10 +230,10 @@ def _run(model: nn.Module, size: tuple[int, ...], meta: bool) -> Recording:
 
 
 def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], meta: bool) -> Recording:
-    names = {_storage(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    names = {storage(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     recorder = Recorder(names)
     tensors: list[torch.Tensor] = []
-    _collect(example, tensors)
+    collect(example, tensors)
     inputs = tuple(recorder.enter(tensor) for tensor in tensors)
     tracker = CallTracker(model, recorder)
     try:
@@ -363,67 +245,9 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
         raise ForwardFailedError("" if where is None else where.path, shapes, error) from error
     try:
         found: list[torch.Tensor] = []
-        _collect((result,), found)
+        collect((result,), found)
         outputs = tuple(recorder.value(tensor) for tensor in found)
     finally:
         tracker.remove()
     values, ops, calls = tuple(recorder.values), tuple(recorder.ops), tuple(tracker.calls)
     return Recording(model, size, example, meta, values, ops, calls, inputs, outputs)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-_KINDS: dict[Any, str] = {}
-
-
-def _kind(func: Any) -> str:
-    kind = _KINDS.get(func)
-    if kind is None:
-        kind = _KINDS[func] = func.__name__.split(".")[0]
-    return kind
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (_storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _collect(tree: Any, into: list[torch.Tensor]) -> None:
-    """Every tensor in nested tuples, lists and mappings (and dataclass-like outputs), in order."""
-    if isinstance(tree, torch.Tensor):
-        if tree.layout == torch.strided:
-            into.append(tree)
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            _collect(item, into)
-    elif isinstance(tree, Mapping):
-        for item in tree.values():
-            _collect(item, into)
-    elif hasattr(tree, "tensors") and hasattr(tree, "image_sizes"):  # an ImageList-like holder
-        _collect(tree.tensors, into)
-
-
-def _freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return Ref(index(tree)) if tree.layout == torch.strided else "sparse"
-    if isinstance(tree, (tuple, list)):
-        return tuple(_freeze(item, index) for item in tree)
-    if isinstance(tree, dict):
-        return tuple((key, _freeze(item, index)) for key, item in tree.items())
-    if isinstance(tree, float) and math.isnan(tree):
-        return "nan"
-    return tree
-
-
-def _to_meta(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree if tree.is_meta else tree.to("meta")
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_to_meta(item) for item in tree)
-    return tree

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Iterable
 
 from padfree.errors import PadfreeError, Refusal
+from padfree.operations import Operation, SetAttributes, perform
 from padfree.planning import Group, sizes_after
-from padfree.record import first_line
+from padfree.recorder import first_line
 from padfree.rule import Rule
 from padfree.rule import rules as get_rules
 from padfree.sites import Sites
-from padfree.surgery import Operation, SetAttributes, Surgeon, TraceCache, perform
+from padfree.surgery import Surgeon, TraceCache
 from padfree.types import Match, Options, Skip
 from padfree.verify import verify
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from padfree.flow import AFFINE, NONLINEAR, NORMS, VIEWS, Chain, Flow, data_input, plain_kind
 from padfree.geometry import effective_kernel, padfree_padding
-from padfree.record import Op, Ref
+from padfree.recorder import Op, Ref
 
 _PARTS = frozenset({"slice", "split", "split_with_sizes", "unbind", "select"})
 _PADS = frozenset({"constant_pad_nd", "reflection_pad2d", "replication_pad2d", "_pad_circular"})

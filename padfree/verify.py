@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
-from padfree.record import ForwardFailedError, Op, Recording, record
+from padfree.record import ForwardFailedError, Recording, record
+from padfree.recorder import Op
 
 _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
 

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parent.parent
 # The floors of the named parts; a file imports only from floors below, or beside it where no circle results.
 FLOORS = (
     ("errors", "geometry", "types"),
-    ("layers", "pooling", "skeleton", "sources"),
-    ("record", "rule", "trace"),
+    ("layers", "pooling", "recorder", "skeleton", "sources", "specs"),
+    ("downsampling", "flow", "link", "record", "reforward", "rule", "sites", "spy", "trace"),
     ("rules",),
-    ("planning", "surgery"),
-    ("verify",),
-    ("compare", "convert"),
+    ("operations", "planning", "surgery"),
+    ("settle", "verify"),
+    ("compare", "convert", "fusion"),
     ("display", "export", "files"),
     ("", "cli"),
 )

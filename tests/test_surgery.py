@@ -27,8 +27,8 @@ from torch.testing import assert_close
 
 import padfree
 from padfree.errors import LockedStateError
+from padfree.operations import AddChild, Reforward, SetAttributes, perform
 from padfree.reforward import original_class, rewritten_class
-from padfree.surgery import AddChild, Reforward, SetAttributes, perform
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [

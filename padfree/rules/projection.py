@@ -24,7 +24,7 @@ from padfree.downsampling import block_for, strided
 from padfree.errors import Refusal
 from padfree.flow import AVG_POOLS, MAX_POOLS, NORMS, data_input
 from padfree.geometry import padfree_padding, padfree_size
-from padfree.record import Op
+from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
 from padfree.rules._toys import Residual, net, unit
 from padfree.sites import Conv, Sites

@@ -24,7 +24,7 @@ from padfree.downsampling import block_for
 from padfree.errors import Refusal
 from padfree.flow import MAX_POOLS, NORMS, Chain, plain_kind
 from padfree.layers import StemTail
-from padfree.record import Op
+from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
 from padfree.rules._toys import Joined, Residual, depthwise, net, unit
 from padfree.sites import Conv, Site, Sites
