@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
 from padfree.record import Call, Recording
-from padfree.recorder import Op, Ref
+from padfree.recorder import Op, Recorder, Ref
 
 NORMS = frozenset(
     {
@@ -183,7 +185,7 @@ class Flow:
     def chain(self, value: int) -> Chain:
         """The norm and activation that follow the convolution output `value`."""
         norm, norm_path, current, normed = None, "", value, False
-        while (after := self.linear_step(current)) is not None:
+        while (after := self.linear_step(current)) is not None and not self.dropped(current):
             op = self.ops[self.values[after].producer]
             is_norm = op.kind in NORMS
             if (is_norm and normed) or self._in_other_block(op, value):
@@ -199,6 +201,31 @@ class Flow:
         norm_path = norm_path if norm is not None else ""
         read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
         return Chain(value, norm, act, norm_path, act_path, bool(read) and not self.is_map(read[0]))
+
+    def dropped(self, value: int) -> bool:
+        """Whether a module that only acts in training (dropout with p > 0) passes `value` on."""
+        return any(self._acts_in_training(call) for call in self._passing.get(value, ()))
+
+    @functools.cached_property
+    def _passing(self) -> dict[int, list[Call]]:
+        table: dict[int, list[Call]] = {}
+        for call in self.recording.calls:
+            if not call.ops and len(call.inputs) == 1 and call.inputs == call.outputs:
+                table.setdefault(call.inputs[0], []).append(call)
+        return table
+
+    def _acts_in_training(self, call: Call) -> bool:
+        module = self.recording.modules[call.path]
+        args, kwargs = call.arguments
+        module.train()
+        try:
+            with torch.random.fork_rng(devices=[]), Recorder() as recorder:
+                type(module).forward(module, *args, **kwargs)
+        except Exception:  # whatever it does in training, it is more than to pass a value on
+            return True
+        finally:
+            module.eval()
+        return bool(recorder.ops)
 
     def _scales_channels(self, op: Op) -> bool:
         """Whether an affine operation has a tensor of constants, not a number, for its other operand."""
@@ -218,7 +245,7 @@ class Flow:
         nothing but `value`.
         """
         readers = self.consumers(value)
-        if not readers or value in self.recording.outputs:
+        if not readers or value in self.recording.outputs or self.dropped(value):
             return None, ""
         first = self.ops[readers[0]]
         if self._in_other_block(first, value):
