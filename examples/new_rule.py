@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import padfree
-from padfree.flow import MAX_POOLS, data_input
 from padfree.geometry import padfree_size
+from padfree.kinds import MAX_POOLS, data_input
 from padfree.rule import Editor, Rule, register
 from padfree.sites import Sites
 from padfree.types import Match, Options, Skip

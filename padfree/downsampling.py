@@ -13,7 +13,8 @@ from padfree.layers import StemTail
 from padfree.record import Call
 from padfree.reforward import NEW
 from padfree.rule import Editor
-from padfree.sites import Conv, Site, Sites
+from padfree.site import Conv, Site
+from padfree.sites import Sites
 from padfree.types import Match, Options, Skip
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from padfree.errors import PadfreeError
-from padfree.flow import data_input
 from padfree.geometry import padfree_size
+from padfree.kinds import data_input
 from padfree.recorder import Op
 from padfree.rule import Rule, Sizes
 from padfree.sites import Sites

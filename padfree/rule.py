@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.sites import Conv, Sites
+from padfree.site import Conv
+from padfree.sites import Sites
 from padfree.specs import Spec
 from padfree.types import Match, Options, Skip
 

@@ -56,24 +56,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
     Raises:
         PadfreeError: the model cannot be copied (`copy.deepcopy` fails).
     """
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        memo[id(tensor)] = _meta(tensor)
-    for module in model.modules():
-        for name in _HOOK_DICTS:
-            memo[id(module.__dict__[name])] = OrderedDict()
-    skeleton = _deepcopy(model, memo)
-    for module in skeleton.modules():
-        module.training = False
-    return skeleton
+    return _bare(model, {id(tensor): _meta(tensor) for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def bare_copy(model: nn.Module) -> nn.Module:
     """A copy with real tensors, in eval mode, without hooks: for models no meta kernel can run."""
-    memo: dict[int, Any] = {}
+    return _bare(model, {})
+
+
+def _bare(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy in eval mode without hooks; `memo` says what stands for what."""
     for module in model.modules():
-        for name in _HOOK_DICTS:
-            memo[id(module.__dict__[name])] = OrderedDict()
+        memo |= {id(module.__dict__[name]): OrderedDict() for name in _HOOK_DICTS}
     duplicate = _deepcopy(model, memo)
     for module in duplicate.modules():
         module.training = False

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from padfree.errors import Refusal
-from padfree.flow import AVG_POOLS
+from padfree.kinds import AVG_POOLS
 from padfree.leaves import plain_forward
 from padfree.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
 from padfree.pooling import shortcut_pool
 from padfree.record import Call
 from padfree.reforward import FUSERS, NEW, graph_source, original_class
-from padfree.sites import Conv, Sites
+from padfree.site import Conv
+from padfree.sites import Sites
 from padfree.specs import Spec
 from padfree.trace import TracedBlock, trace_block
 from padfree.types import Options

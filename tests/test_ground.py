@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors", "geometry", "types"),
     ("layers", "pooling", "recorder", "skeleton", "sources", "specs"),
-    ("downsampling", "flow", "link", "record", "reforward", "rule", "sites", "spy", "trace"),
+    ("downsampling", "flow", "kinds", "link", "record", "reforward", "rule", "site", "sites", "spy", "trace"),
     ("rules",),
     ("operations", "planning", "surgery"),
     ("settle", "verify"),

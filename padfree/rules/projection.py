@@ -22,12 +22,13 @@ from torch import nn
 
 from padfree.downsampling import block_for, strided
 from padfree.errors import Refusal
-from padfree.flow import AVG_POOLS, MAX_POOLS, NORMS, data_input
 from padfree.geometry import padfree_padding, padfree_size
+from padfree.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input
 from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
 from padfree.rules._toys import Residual, net, unit
-from padfree.sites import Conv, Sites
+from padfree.site import Conv
+from padfree.sites import Sites
 from padfree.specs import Spec
 from padfree.types import Match, Options, Skip
 

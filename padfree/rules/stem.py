@@ -22,12 +22,14 @@ from torch import nn
 
 from padfree.downsampling import block_for
 from padfree.errors import Refusal
-from padfree.flow import MAX_POOLS, NORMS, Chain, plain_kind
+from padfree.flow import Chain
+from padfree.kinds import MAX_POOLS, NORMS, plain_kind
 from padfree.layers import StemTail
 from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
 from padfree.rules._toys import Joined, Residual, depthwise, net, unit
-from padfree.sites import Conv, Site, Sites
+from padfree.site import Conv, Site
+from padfree.sites import Sites
 from padfree.specs import FUNCTIONS, Spec
 from padfree.types import Match, Options, Skip
 
