@@ -80,11 +80,6 @@ def is_rewritten(module: nn.Module) -> bool:
     return _MARK in dir(type(module))
 
 
-def new_child_names(module: nn.Module) -> list[str]:
-    """Names of the children padfree added to a module."""
-    return [name for name in module._modules if name.startswith(NEW)]
-
-
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
 

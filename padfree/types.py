@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from padfree.errors import PadfreeError, PlanError
 
-DEFAULT_RULES = ("depthwise", "dense", "projection", "stem")
 PLAN_FORMAT = 1
 
 

@@ -25,7 +25,6 @@ from .transforms import TRANSFORMS
 Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
 Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
 NAMED_BUILDERS = ("bsconv", "torchvision", "timm")
-DATASETS = ("digits", "cifar10", "cifar100", "stanford-dogs", "folder", "timm")
 
 
 class Section(BaseModel):
