@@ -13,6 +13,7 @@ status is 1 when padfree crashed, broke a model, changed old keys, or took too l
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -71,6 +72,7 @@ def _work(pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.set_threshold(100_000, 20, 100)  # meta tensors come and go by the million; a seventh of the time was collection
     pipe.send(None)  # ready: importing torch is not the first model's time
     while True:
         try:

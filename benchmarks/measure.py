@@ -179,9 +179,9 @@ def _check(model: nn.Module, converted: nn.Module, before: Recording, after: Rec
     if shapes[0] != shapes[1] and len(shapes[0]) == 1:
         raise Broken(f"its output changed from {tuple(shapes[0][0])} to {tuple(shapes[1][0])}")
     for label, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
-        if _fails(duplicate, model) is None and (why := _fails(duplicate, converted)) is not None:
+        if (why := _fails(duplicate, converted)) is not None and _fails(duplicate, model) is None:
             raise Broken(f"{label}: {why}")
-    if _fails(_train_step, model, before) is None and (why := _fails(_train_step, converted, after)) is not None:
+    if (why := _fails(_train_step, converted, after)) is not None and _fails(_train_step, model, before) is None:
         raise Broken(f"training step: {why}")
 
 

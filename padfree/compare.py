@@ -9,6 +9,7 @@ All of it is measured on copies: both models keep their mode, buffers, hooks and
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -209,12 +210,21 @@ def minimum_input(original: Recording, converted: Recording) -> int | None:
     if not (original.meta and converted.meta):
         return None
     top = max(converted.input_size[1:])
-
-    def works(side: int) -> bool:
-        return _runs(converted, side) and _runs(original, side)
-
-    if not works(top):
+    if not _runs(converted, top):
         return None
+    side = _least(converted, top)
+    if _runs(original, side):
+        return side
+    return _least(converted, top, original)
+
+
+def _least(recording: Recording, top: int, *others: Recording) -> int:
+    """The least side that these recordings' models take; `top` is known to be one."""
+
+    @functools.cache
+    def works(side: int) -> bool:
+        return all(_runs(each, side) for each in (recording, *others))
+
     low, high = 0, top  # low fails, high works
     while high - low > 1:
         middle = (low + high) // 2
