@@ -7,7 +7,7 @@ import math
 import pickle
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,8 +103,13 @@ def _measure(result: Result) -> None:
         return
     result.params_before = _parameters(model)
     result.macs_before = macs(before)
-    plan = padfree.plan(model, input_size=before.input_size)
-    _locate(result, before, plan)
+    _locate(result, before, ())
+    try:
+        plan = padfree.plan(model, input_size=before.input_size)
+    except padfree.PadfreeError as error:
+        result.status, result.reason = "refused", _first_line(error)
+        return
+    _locate(result, before, (*plan.matches, *plan.skips))
     for match in plan.matches:
         setattr(result, match.rule, getattr(result, match.rule) + 1)
     left = [skip.reason for skip in plan.skips if skip.in_scope]
@@ -136,9 +141,13 @@ def _build(source: Source) -> tuple[nn.Module, Recording]:
         return model, record(model, size)
 
 
-def _locate(result: Result, recording: Recording, plan: padfree.Plan) -> None:
-    """Strided convolutions and pools among the recorded operations, and whether the plan names them."""
-    named = {item.name for item in (*plan.matches, *plan.skips)}
+def _locate(result: Result, recording: Recording, items: Sequence[padfree.Match | padfree.Skip]) -> None:
+    """Strided convolutions and pools among the recorded operations, and whether a plan's items name them."""
+    named = {item.name for item in items}
+    for item in items:  # 1x1 branches that shrink with the conv beside them
+        points = item.detail.get("points", ()) if isinstance(item, padfree.Match) else ()
+        named |= {recording.calls[recording.ops[op].call].path for op in points}
+    result.candidates = 0
     sites: dict[str, bool] = {}
     for op in recording.ops:
         path = recording.calls[op.call].path if op.call >= 0 else ""

@@ -143,6 +143,8 @@ def check_model(model: Any) -> None:
     if isinstance(model, torch.fx.GraphModule):
         raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
     for name, module in modules:
+        if isinstance(module, torch.ao.nn.quantized.FloatFunctional):
+            continue  # the float form of an operation that can be quantized later
         packed = "_packed_params" in module.__dict__ or "_packed_params" in module._modules
         if packed or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")

@@ -11,7 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from padfree.kinds import AFFINE, ATTENTION, AVG_POOLS, MAX_POOLS, NONLINEAR, NORMS, VIEWS, data_input, plain_kind
+from padfree.kinds import (
+    AFFINE,
+    ATTENTION,
+    AVG_POOLS,
+    BATCHING,
+    MAX_POOLS,
+    NONLINEAR,
+    NORMS,
+    VIEWS,
+    data_input,
+    plain_kind,
+)
 from padfree.record import Call, Recording
 from padfree.recorder import Op, Recorder, Ref
 
@@ -270,19 +281,10 @@ class Flow:
         return value
 
     def from_input(self, value: int) -> bool:
-        """Whether `value` is the network's input up to norms, scales, pads and views."""
+        """Whether `value` is the network's input up to norms, scales, resizing, pads and views."""
         while (op := self.producer(value)) is not None:
             kind = plain_kind(op)
-            shaping = kind in {
-                "constant_pad_nd",
-                "stack",
-                "select",
-                "slice",
-                "unbind",
-                "index",
-                "cat",
-                "copy",
-            }
+            shaping = kind in BATCHING or kind.startswith("upsample")
             if not (op.kind in NORMS or kind in VIEWS or kind in AFFINE or shaping) or not op.inputs:
                 return False
             value = op.inputs[0]

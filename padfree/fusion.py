@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from padfree.errors import PadfreeError
 from padfree.record import Recording, example_inputs, record
 from padfree.recorder import first_line
+from padfree.reforward import NEW
 from padfree.skeleton import bare_copy, full_copy
 
 __all__ = ["fuse"]
@@ -91,7 +92,8 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
             continue
         shared = any(owners[id(p)] > 1 for module in (conv, norm) for p in module.parameters(recurse=False))
         hooked = any(getattr(module, name) for module in (conv, norm) for name in _HOOKS)
-        if not shared and not hooked:
+        more = any(name.startswith(NEW) for module in (conv, norm) for name, _ in module.named_children())
+        if not (shared or hooked or more):  # more: a hybrid tail in the module's own forward
             pairs.append((path, norm_path))
     return pairs
 

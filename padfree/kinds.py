@@ -26,6 +26,11 @@ VIEWS = frozenset(
 )  # fmt: skip
 
 
+# What makes a batch of images: cropped, padded, copied into one tensor.
+BATCHING = frozenset(
+    {"constant_pad_nd", "stack", "select", "slice", "unbind", "index", "cat", "copy", "new_full", "new_zeros",
+     "new_empty", "zeros_like"}
+)  # fmt: skip
 AFFINE = frozenset({"mul", "add", "sub", "div", "rsub", "neg"})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
-from padfree.geometry import padfree_size
+from padfree.geometry import out_size
 from padfree.record import Call, Recording
 from padfree.recorder import Op, Recorder, collect
 from padfree.reforward import Names, rewritten_class, set_class
@@ -48,8 +48,10 @@ def plain_forward(recording: Recording, call: Call, values: dict[str, Any]) -> t
     ops = recording.ops[call.ops.start : call.ops.stop]
     shrunk = next(op for op in ops if op.kind == "convolution" or "pool2d" in op.kind)
     before = next((op for op in ops if _is_pad(op) and op.outputs[0] in shrunk.inputs), shrunk)
-    size = [padfree_size(side) for side in recording.values[before.inputs[0]].shape[2:]]
-    wanted = ([op.kind for op in ops if not _is_pad(op)], size)
+    wanted = (
+        [op.kind for op in ops if not _is_pad(op)],
+        _sizes(module, recording.values[before.inputs[0]].shape, values),
+    )
     flags = [name for name, value in module.__dict__.items() if value is True and name != "training"]
     for switches in ({}, *({name: False} for name in flags)):
         if _effect(module, call, {**values, **switches}) == wanted:
@@ -72,6 +74,17 @@ def shaped_like(value: Any, old: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and isinstance(old, (tuple, list)):
         return type(old)([value] * len(old))
     return value
+
+
+def _sizes(module: nn.Module, shape: tuple[int, ...], values: dict[str, Any]) -> list[int]:
+    """(H, W) that a strided layer makes of (N, C, H, W) with `values` set and no padding of its own."""
+
+    def sides(name: str, default: int) -> tuple[int, int]:
+        value = values.get(name, getattr(module, name, default))
+        return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+    settings = (sides("kernel_size", 1), sides("stride", 1), sides("padding", 0), sides("dilation", 1))
+    return [out_size(side, *setting) for side, *setting in zip(shape[2:], *settings, strict=True)]
 
 
 def _is_pad(op: Op) -> bool:

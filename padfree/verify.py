@@ -14,6 +14,7 @@ from padfree.errors import Refusal
 from padfree.record import ForwardFailedError, Recording, record
 from padfree.recorder import Op
 
+_COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
 _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
 
 
@@ -44,13 +45,19 @@ def verify(
         raise Refusal(_blame(original, error)) from error
     before_shapes = [original.values[value].shape for value in original.outputs]
     after_shapes = [after.values[value].shape for value in after.outputs]
+    kept = slice(1 if _counts(original) else 0, 2)
     if len(before_shapes) != len(after_shapes) or any(
-        len(a) != len(b) or a[:2] != b[:2] for a, b in zip(before_shapes, after_shapes, strict=True)
+        len(a) != len(b) or a[kept] != b[kept] for a, b in zip(before_shapes, after_shapes, strict=True)
     ):
         raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
     _check_obeyed(after, given or {})
     if not allow_resize:
         _check_resizing(original, after)
+
+
+def _counts(recording: Recording) -> bool:
+    """Whether the length of an output may depend on pixel values: a detector returns as many boxes as it finds."""
+    return not recording.meta and any(op.kind in _COUNTING and op.inputs for op in recording.ops)
 
 
 def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:
@@ -111,4 +118,4 @@ def _blame(original: Recording, error: ForwardFailedError) -> str:
     was = _shape_at(original, error.path)
     now = str(error.shapes[0]) if error.shapes else "no tensor"
     where = f"`{error.path}`" if error.path else "the model's own forward"
-    return f"{where} takes {was} and would get {now}: {error}"
+    return f"{where} fails on {was}: {error}" if was == now else f"{where} takes {was} and would get {now}: {error}"

@@ -126,3 +126,23 @@ class Twice(nn.Module):
         """Run the body on the map and on its mirror image."""
         total: Tensor = self.body(x) + self.body(x.flip(-1))
         return total
+
+
+class Methodical(nn.Module):
+    """A network whose stem is called in a method of its own, conv -> norm."""
+
+    def __init__(self, channels: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, channels, 3, padding=1)
+        self.norm = norm
+        self.body = net(stem=depthwise(channels), out=channels)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The stem."""
+        out: Tensor = self.norm(self.conv(x))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stem, then the rest."""
+        out: Tensor = self.body(self.features(x))
+        return out

@@ -48,6 +48,9 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
         if conv.kernel == (1, 1) and conv.stride == (2, 2) and flow.domain(conv.out) not in shared and conv.is_module:
             why = "no padded strided conv enters the same map: alone it loses no border"
             yield Skip(conv.path, why, NAME, flow.domain(conv.out), in_scope=False)
+        elif conv.fixed and max(conv.kernel) > 1 and max(conv.stride) > 1 and flow.domain(conv.out) not in shared:
+            why = "a blur with a fixed filter, and no padded strided conv enters the same map"
+            yield Skip(conv.path, why, NAME, flow.domain(conv.out), in_scope=False)
     for domain in sorted(shared):
         for op in flow.entries.get(domain, ()):
             if op.kind in MAX_POOLS | AVG_POOLS:

@@ -10,7 +10,8 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
 4. where the stem conv has neither norm nor activation and the network goes on with norm -> act, the tail
    takes the pre-activation form;
 5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
-   the forward of a module other than the root, which is re-forwarded.
+   the forward of a module other than the root, which is re-forwarded: where only the root calls the stem's parts,
+   the last of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from padfree.downsampling import block_for
 from padfree.errors import Refusal
@@ -27,7 +29,7 @@ from padfree.kinds import MAX_POOLS, NORMS, plain_kind
 from padfree.layers import StemTail
 from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
-from padfree.rules._toys import Joined, Residual, depthwise, net, unit
+from padfree.rules._toys import Joined, Methodical, Residual, depthwise, net, unit
 from padfree.site import Conv, Site
 from padfree.sites import Sites
 from padfree.specs import FUNCTIONS, Spec
@@ -122,10 +124,24 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
         block = call.path
     else:
-        call = block_for(sites, conv.op, value, owner=conv.path, child=True)
-        block = call.path
+        block = _tail_block(sites, conv, value)
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
+
+
+def _tail_block(sites: Sites, conv: Conv, value: int) -> str:
+    """The module whose forward the tail goes into; rather than the root, the module that returns `value` itself."""
+    around = block_for(sites, conv.op, value, owner=conv.path, child=True)
+    if around.path:
+        return around.path
+    recording = sites.recording
+    producer = sites.flow.producer(value)
+    for call in recording.ancestors(-1 if producer is None else producer.call):
+        if isinstance(recording.modules[call.path], _BatchNorm):
+            continue  # `convert_sync_batchnorm` would put another in its place, without the tail
+        if call.path and call.outputs == (value,) and len(recording.calls_of[call.path]) == 1:
+            return call.path
+    return ""
 
 
 def _absorbed(sites: Sites, end: int) -> Op | None:
@@ -215,6 +231,8 @@ EXAMPLES = (
         SIZE,
         ("0.branches.0.0",),
     ),
+    Example(lambda: Methodical(8, nn.GroupNorm(2, 8)), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("conv",)),
 )
 COUNTEREXAMPLES = (
     Example(lambda: net(depthwise(8), stem=unit(3, 8, 4, 4, padding=0)), SIZE, ("patchify stem",)),
@@ -224,5 +242,6 @@ COUNTEREXAMPLES = (
         SIZE,
         ("2 separate convs read the input",),
     ),
+    Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("calls its own method `features`",)),
 )
 RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))
