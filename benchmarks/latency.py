@@ -75,13 +75,14 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
 
 @contextlib.contextmanager
 def plain_pools() -> Iterator[None]:
-    """Every pool of a converted network as `nn.MaxPool2d` would compute it."""
-    fast = pooling._pool
+    """Every pool of a converted network as `nn.MaxPool2d` would compute it, every sum as `+` would."""
+    fast = pooling._pool, pooling._add
     pooling._pool = lambda x, kernel, stride, padding: F.max_pool2d(x, kernel, stride, padding)
+    pooling._add = lambda y, pooled: y + pooled
     try:
         yield
     finally:
-        pooling._pool = fast
+        pooling._pool, pooling._add = fast
 
 
 def runner(

@@ -33,11 +33,12 @@ class Result:
         depthwise, dense, projection, stem: matches by rule.
         candidates: what makes a model one with something to convert: stride-2 convolutions with an odd kernel of
             at least 3, and 3x3 stride-2 max-pools.
-        sites: modules that run a stride-2 convolution with an odd kernel, 1x1 shortcuts among them.
+        sites: modules that run a learnt stride-2 convolution with an odd kernel, 1x1 shortcuts among them.
         dw_sites: those of them that are depthwise with a kernel of at least 3.
         located, dw_located: those of each that the plan names, as a match or as a skip.
         missing: the first sites that it does not name.
-        depthwise_alone: whether `rules=("depthwise",)` converts something (None: no such site).
+        depthwise_alone: whether the domains of depthwise sites convert with everything else left as it is (None: no
+            such site).
         reason: why the first place was left alone, or what went wrong.
     """
 
@@ -123,8 +124,7 @@ def _measure(result: Result) -> None:
     result.params_after, result.macs_after = _parameters(converted), macs(after)
     _check(model, converted, before, after)
     if result.dw_sites:
-        alone = padfree.plan(model, rules=("depthwise",), input_size=before.input_size)
-        result.depthwise_alone = bool(alone.matches)
+        result.depthwise_alone = _alone(model, before, plan)
     result.minimum = minimum_input(before, after)
     result.status = "part" if left else "full"
 
@@ -147,24 +147,43 @@ def _locate(result: Result, recording: Recording, items: Sequence[padfree.Match 
     for item in items:  # 1x1 branches that shrink with the conv beside them
         points = item.detail.get("points", ()) if isinstance(item, padfree.Match) else ()
         named |= {recording.calls[recording.ops[op].call].path for op in points}
-    result.candidates = 0
-    sites: dict[str, bool] = {}
-    for op in recording.ops:
-        path = recording.calls[op.call].path if op.call >= 0 else ""
-        if op.kind == "convolution" and op.inputs and len(recording.values[op.inputs[0]].shape) == 4:
-            _, weight, _, stride, _, _, transposed, _, groups = op.args[0]
-            _, inner, *kernel = recording.values[weight.value].shape
-            if list(stride) != [2, 2] or transposed or any(side % 2 == 0 for side in kernel):
-                continue
-            sites[path] = groups > 1 and inner == 1 and min(kernel) >= 3
-            result.candidates += max(kernel) >= 3
-        elif op.kind == "max_pool2d_with_indices" and list(op.args[0][1]) == [3, 3]:
-            result.candidates += len(op.args[0]) > 2 and list(op.args[0][2]) == [2, 2]
-    result.sites, result.dw_sites = len(sites), sum(sites.values())
+    sites = _strided(recording)
+    result.candidates = sum(max(kernel) >= 3 for kernel, _ in sites.values()) + _strided_pools(recording)
+    depthwise = [path for path, (_, alone) in sites.items() if alone]
     missing = [path for path in sites if path not in named]
-    result.located = len(sites) - len(missing)
-    result.dw_located = result.dw_sites - sum(sites[path] for path in missing)
+    result.sites, result.dw_sites = len(sites), len(depthwise)
+    result.located, result.dw_located = len(sites) - len(missing), len(set(depthwise) - set(missing))
     result.missing = missing[:5]
+
+
+def _strided(recording: Recording) -> dict[str, tuple[list[int], bool]]:
+    """(kernel, whether it is depthwise and at least 3x3) of learnt stride-2 convs with an odd kernel, by module."""
+    sites: dict[str, tuple[list[int], bool]] = {}
+    for op in recording.ops:
+        if op.kind != "convolution" or not op.inputs or len(recording.values[op.inputs[0]].shape) != 4:
+            continue
+        path = recording.calls[op.call].path if op.call >= 0 else ""
+        _, weight, _, stride, _, _, transposed, _, groups = op.args[0]
+        _, inner, *kernel = recording.values[weight.value].shape
+        odd = not transposed and all(side % 2 for side in kernel)
+        if list(stride) == [2, 2] and odd and any(True for _ in recording.modules[path].parameters()):
+            sites[path] = (kernel, groups > 1 and inner == 1 and min(kernel) >= 3)
+    return sites
+
+
+def _strided_pools(recording: Recording) -> int:
+    """How many 3x3 stride-2 max-pools run."""
+    pools = [op.args[0] for op in recording.ops if op.kind == "max_pool2d_with_indices"]
+    return sum(list(pool[1]) == [3, 3] and len(pool) > 2 and list(pool[2]) == [2, 2] for pool in pools)
+
+
+def _alone(model: nn.Module, recording: Recording, plan: padfree.Plan) -> bool:
+    """Whether something converts when only the domains with strided depthwise convolutions may."""
+    depthwise = {path for path, (_, alone) in _strided(recording).items() if alone}
+    items = (*plan.matches, *plan.skips)
+    domains = {item.domain for item in items if item.name in depthwise}
+    names = [item.name for item in items if item.domain in domains]
+    return bool(names) and bool(padfree.plan(model, include=names, input_size=recording.input_size).matches)
 
 
 def _expect_refusal(model: nn.Module, recording: Recording) -> None:

@@ -84,7 +84,7 @@ def _sizes(module: nn.Module, shape: tuple[int, ...], values: dict[str, Any]) ->
         return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
     settings = (sides("kernel_size", 1), sides("stride", 1), sides("padding", 0), sides("dilation", 1))
-    return [out_size(side, *setting) for side, *setting in zip(shape[2:], *settings, strict=True)]
+    return [out_size(side, k, s, p, d) for side, k, s, p, d in zip(shape[2:], *settings, strict=True)]
 
 
 def _is_pad(op: Op) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import fx, nn
 
 from padfree.errors import Refusal
 from padfree.record import Call, Recording
-from padfree.recorder import Op, Recorder, Value, collect, first_line, geometry_key, storage
+from padfree.recorder import Op, Recorder, Value, collect, containers_copied, first_line, freeze, geometry_key, storage
 
 
 def bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -40,6 +41,15 @@ def holds_tensor(tree: Any) -> bool:
     return bool(tensors)
 
 
+@dataclass(frozen=True)
+class _Stream:
+    """What a forward did: values, operations, and what it left in the lists and dictionaries it was given."""
+
+    values: list[Value]
+    ops: list[Op]
+    left: tuple[Any, ...]
+
+
 class _LinkingInterpreter(fx.Interpreter):
     """Runs a graph under a recorder and notes which node issued each operation and made each value."""
 
@@ -54,7 +64,7 @@ class _LinkingInterpreter(fx.Interpreter):
         """One node."""
         result = super().run_node(n)
         self.node_of_op += [n] * (len(self.recorder.ops) - len(self.node_of_op))
-        if isinstance(result, torch.Tensor) and n.op != "output":
+        if isinstance(result, torch.Tensor) and n.op not in ("get_attr", "output"):
             value = self.recorder.value(result)
             self.node_of_value.setdefault(value, n)
             self.results[n] = (geometry_key(result), value)
@@ -71,10 +81,10 @@ def link(
         _set_training(module, training)
         try:
             arguments = _repeat_batch(call.arguments) if training else call.arguments
-            original, ops_before = _run_original(module, arguments, names)
-            traced, ops_after, interpreter = _run_graph(module, graph, arguments, names, call, where)
-            if _restore_in_place(ops_before, ops_after, interpreter.node_of_op):
-                traced, ops_after, interpreter = _run_graph(module, graph, arguments, names, call, where)
+            original = _run_original(module, arguments, names)
+            traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
+            if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
+                traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
         except Refusal:
             raise
         except Exception as error:
@@ -83,16 +93,16 @@ def link(
             raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
         finally:
             _set_training(module, False)
-        alike = [op.kind for op in ops_before] == [op.kind for op in ops_after]
-        if alike and [op.grad for op in ops_before] != [op.grad for op in ops_after]:
+        alike = [op.kind for op in original.ops] == [op.kind for op in traced.ops]
+        if alike and [op.grad for op in original.ops] != [op.grad for op in traced.ops]:
             raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
-        if original != traced or ops_before != ops_after:
+        if original != traced:
             mode = "train" if training else "eval"
             raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
     recorded = recording.ops[call.ops.start : call.ops.stop]
-    if [op.kind for op in recorded] != [op.kind for op in ops_after]:
+    if [op.kind for op in recorded] != [op.kind for op in traced.ops]:
         raise Refusal(f"the forward of {where} does not do the same twice")
-    to_global = _value_table(call, recorded, ops_after)
+    to_global = _value_table(call, recorded, traced.ops)
     _follow_in_place(graph, interpreter)
     nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
@@ -144,28 +154,30 @@ def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool
     return False
 
 
-def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> tuple[list[Value], list[Op]]:
+def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> _Stream:
     recorder = _recorder(arguments, names)
-    args, kwargs = arguments
-    lists = [item for item in (*args, *kwargs.values()) if isinstance(item, list)]
-    before = [list(item) for item in lists]
+    args, kwargs = arguments = containers_copied(arguments)
     with torch.random.fork_rng(devices=[]), recorder:
         type(module).forward(module, *args, **kwargs)
-    if any(a is not b for old, new in zip(before, lists, strict=True) for a, b in zip(old, new, strict=False)):
-        raise Refusal(f"the forward of `{type(module).__name__}` changes a list it is given")
-    return recorder.values, recorder.ops
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return _Stream(recorder.values, recorder.ops, _left_in(list(bound.values())[1:], recorder))
 
 
 def _run_graph(
     module: nn.Module, graph: fx.Graph, arguments: Any, names: dict[int, str], call: Call, where: str
-) -> tuple[list[Value], list[Op], _LinkingInterpreter]:
+) -> tuple[_Stream, _LinkingInterpreter]:
     recorder = _recorder(arguments, names)
-    replaced = Call(call.index, call.path, call.parent, call.inputs, call.outputs, call.ops, arguments)
+    replaced = replace(call, arguments=containers_copied(arguments))
     values = list(bind(module, replaced, where).values())
     interpreter = _LinkingInterpreter(module, graph, recorder)
     with torch.random.fork_rng(devices=[]), recorder:
         interpreter.run(*values, enable_io_processing=False)
-    return recorder.values, recorder.ops, interpreter
+    return _Stream(recorder.values, recorder.ops, _left_in(values, recorder)), interpreter
+
+
+def _left_in(values: list[Any], recorder: Recorder) -> tuple[Any, ...]:
+    """What the lists and dictionaries among the arguments hold after the forward, which may have changed them."""
+    return tuple(freeze(value, recorder.value) for value in values if type(value) in (list, dict))
 
 
 def _recorder(arguments: Any, names: dict[int, str]) -> Recorder:

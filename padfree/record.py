@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.recorder import Op, Recorder, Value, collect, first_line, storage
+from padfree.recorder import Op, Recorder, Value, collect, containers_copied, first_line, storage
 from padfree.skeleton import bare_copy, meta_copy
 
 
@@ -121,7 +121,7 @@ class CallTracker:
         inputs = self._values((args, kwargs))
         start = len(recorder.ops)
         parent = recorder.stack[-1]
-        self.calls.append(Call(index, path, parent, inputs, (), range(start, start), (args, kwargs)))
+        self.calls.append(Call(index, path, parent, inputs, (), range(start, start), containers_copied((args, kwargs))))
         recorder.stack.append(index)
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

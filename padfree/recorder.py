@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
         refs = [self.value(tensor) for tensor in tensors]
-        frozen = _freeze((args, kwargs), self.value)
+        frozen = freeze((args, kwargs), self.value)
         result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
@@ -172,13 +172,23 @@ def collect(tree: Any, into: list[torch.Tensor]) -> None:
         collect(tree.tensors, into)
 
 
-def _freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
+def containers_copied(tree: Any) -> Any:
+    """The same tensors in new lists, tuples and dictionaries, which nobody else can change."""
+    if type(tree) in (list, tuple):
+        return type(tree)(containers_copied(item) for item in tree)
+    if type(tree) is dict:
+        return {key: containers_copied(item) for key, item in tree.items()}
+    return tree
+
+
+def freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
+    """Nested arguments as nested tuples, tensors as `Ref`."""
     if isinstance(tree, torch.Tensor):
         return Ref(index(tree)) if tree.layout == torch.strided else "sparse"
     if isinstance(tree, (tuple, list)):
-        return tuple(_freeze(item, index) for item in tree)
+        return tuple(freeze(item, index) for item in tree)
     if isinstance(tree, dict):
-        return tuple((key, _freeze(item, index)) for key, item in tree.items())
+        return tuple((key, freeze(item, index)) for key, item in tree.items())
     if isinstance(tree, float) and math.isnan(tree):
         return "nan"
     return tree

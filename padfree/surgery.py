@@ -14,7 +14,7 @@ from padfree.errors import Refusal
 from padfree.kinds import AVG_POOLS
 from padfree.leaves import plain_forward
 from padfree.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
-from padfree.pooling import shortcut_pool
+from padfree.pooling import add_shortcut, shortcut_pool
 from padfree.record import Call
 from padfree.reforward import FUSERS, NEW, graph_source, original_class
 from padfree.site import Conv
@@ -192,6 +192,7 @@ class Surgeon:
     ) -> None:
         edit = self._block(block)
         at, read = edit.anchor(anchor), edit.node(source)
+        total: Callable[..., Any] = operator.add if project else add_shortcut
         if project:
             channels = (self._channels(source), self._channels(merge))
             spec = Spec("pool_projection", channels, self._weight_near(anchor), kernel, padding)
@@ -201,7 +202,7 @@ class Surgeon:
             pooled = edit.call(at, shortcut_pool, read, *extra)
             if repeat > 1:
                 pooled = edit.call(at, torch.repeat_interleave, pooled, repeat, 1)
-        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, pooled))
+        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, total, old, pooled))
 
     def unfuse(self, block: str, value: int, path: str) -> None:  # noqa: D102
         edit = self._block(block)

@@ -94,8 +94,8 @@ def _check_kind(module: nn.Module, where: str) -> None:
 class BlockTracer(fx.Tracer):
     """Traces one forward with every child a leaf; flags among its arguments are bound to recorded values."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, autowrap_functions: tuple[Callable[..., Any], ...] = ()) -> None:
+        super().__init__(autowrap_functions=autowrap_functions)
         self.proxy_buffer_attributes = True
         self.arguments: dict[str, Any] = {}
 
@@ -112,6 +112,7 @@ class BlockTracer(fx.Tracer):
         """
         args: list[Any] = [self.root]
         by_name: list[str] = []  # of keyword-only parameters
+        lists: list[tuple[Any, list[Any]]] = []  # what stands for a list of tensors, with its stand-in
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
             default = () if parameter.default is parameter.empty else (parameter.default,)
             proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
@@ -124,12 +125,37 @@ class BlockTracer(fx.Tracer):
             elif isinstance(value, (list, tuple)) and holds_tensor(value):
                 self.create_proxy("call_function", expect_length, (proxy, len(value), parameter.name), {})
                 args.append(type(value)(proxy[index] for index in range(len(value))))
+                if type(value) is list:
+                    lists.append((proxy, args[-1]))
             else:
                 args.append(proxy)
-        if not by_name:
-            return root_fn, args
         split = len(args) - len(by_name)
-        return lambda *given: root_fn(*given[:split], **dict(zip(by_name, given[split:], strict=True))), args
+        before = [list(given) for _, given in lists]
+
+        def forward(*given: Any) -> Any:
+            result = root_fn(*given[:split], **dict(zip(by_name, given[split:], strict=True)))
+            for (proxy, after), old in zip(lists, before, strict=True):
+                if len(after) != len(old) or any(a is not b for a, b in zip(after, old, strict=True)):
+                    self.create_proxy("call_function", refill, (proxy, list(after)), {})
+                    result = _instead(result, after, proxy)
+            return result
+
+        return forward, args
+
+
+def _instead(tree: Any, old: list[Any], new: Any) -> Any:
+    """`tree` with one list in it replaced, wherever that very list stands."""
+    if tree is old:
+        return new
+    if type(tree) in (list, tuple):
+        return type(tree)(_instead(item, old, new) for item in tree)
+    return {key: _instead(item, old, new) for key, item in tree.items()} if type(tree) is dict else tree
+
+
+def refill(given: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    """Generated code calls this for a list that the original forward changes: its caller sees the change."""
+    given.clear()
+    given.extend(tensors)
 
 
 def expect_argument(found: Any, expected: Any, name: str) -> None:
@@ -160,17 +186,23 @@ def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
 
 
 def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
-    stand_in = spy.fresh(training)
-    tracer = BlockTracer()
-    tracer.arguments = bind(stand_in, call, where)
-    spy.writes.clear()
-    try:
-        with _counting_autocasts() as autocasts, _Draws() as draws:
-            graph = tracer.trace(stand_in)
-    except Exception as error:
+    failure: Exception | None = None
+    for helpers in (False, True):
+        stand_in = spy.fresh(training)
+        tracer = BlockTracer(_helpers(spy.module) if helpers else ())
+        tracer.arguments = bind(stand_in, call, where)
+        spy.writes.clear()
+        try:
+            with _counting_autocasts() as autocasts, _Draws() as draws:
+                graph = tracer.trace(stand_in)
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
+        assert failure is not None
         raise Refusal(
-            f"the forward of {where} cannot be traced: {type(error).__name__}: {first_line(error)}"
-        ) from error
+            f"the forward of {where} cannot be traced: {type(failure).__name__}: {first_line(failure)}"
+        ) from failure
     if autocasts:
         raise Refusal(f"the forward of {where} switches autocast on or off, which a generated forward would lose")
     if draws.seen:
@@ -182,6 +214,13 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
+
+
+def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:
+    """Functions of its own file that a forward may call; kept whole where tracing into them fails."""
+    names = getattr(type(module).forward, "__globals__", {})
+    functions = [value for value in names.values() if inspect.isfunction(value)]
+    return tuple(function for function in functions if not str(function.__module__).startswith("torch."))
 
 
 @contextmanager

@@ -310,3 +310,26 @@ def test_the_module_imports_nothing_but_torch():
     )
     command = [sys.executable, "-c", code, pooling.__file__]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_sum_goes_into_the_pool_and_leaves_the_chain_alone():
+    y, pooled = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
+    kept, total = y.clone(), y + pooled
+    found = pooling.add_shortcut(y, pooled)
+    assert torch.equal(found, total) and torch.equal(y, kept) and found.data_ptr() == pooled.data_ptr()
+
+
+@pytest.mark.parametrize("other", ["dtype", "layout", "shape"])
+def test_the_sum_of_unlike_maps_is_plus(other):
+    y, pooled = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
+    y = {"dtype": y.double(), "layout": y.contiguous(memory_format=torch.channels_last), "shape": y[:1]}[other]
+    kept = pooled.clone()
+    found, total = pooling.add_shortcut(y, pooled), y + pooled
+    assert found.dtype is total.dtype and found.stride() == total.stride() and torch.equal(found, total)
+    assert torch.equal(pooled, kept)
+
+
+def test_the_sum_sends_gradients_to_both():
+    x = torch.randn(2, 3, 9, 9, dtype=torch.double, requires_grad=True)
+    y = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, y: pooling.add_shortcut(y * 2, pooling.shortcut_pool(x)), (x, y))

@@ -869,3 +869,113 @@ def test_refusal_helper_sees_a_change() -> None:
     before = snapshot(model)
     model.block.last = 1
     assert snapshot(model) != before
+
+
+# -- lists, helpers, lengths that depend on values ------------------------------------------------
+
+
+class Extends(Unit):
+    """A feature pyramid's last level: it puts its map into the list it is given."""
+
+    def forward(self, maps: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        maps.append(super().forward(maps[-1]))
+        names.append("last")
+        return maps, names
+
+
+@pytest.mark.parametrize("reads", ["the result", "its own list"])
+def test_a_block_that_changes_the_list_it_is_given(reads: str) -> None:
+    class Pyramid(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            maps, names = [self.stem(x)], ["first"]
+            found, _ = self.block(maps, names)
+            assert len(maps) == len(names) == 2 and found is maps
+            return (found if reads == "the result" else maps)[-1]
+
+    made = convert(Pyramid(Extends())).eval()
+    assert_close(made(images()), expected(made.block, made.stem(images())))
+
+
+def to_map(tokens: Tensor, sides: list[int]) -> Tensor:
+    height, width = sides
+    if height * width != tokens.shape[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens are no {height}x{width} map")
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, height, width)
+
+
+class Tokens(Unit):
+    def forward(self, tokens: Tensor, sides: list[int]) -> Tensor:
+        return super().forward(to_map(tokens, sides))
+
+
+def test_a_helper_function_that_cannot_be_traced_is_kept_whole() -> None:
+    class Vision(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.block(x.flatten(2).transpose(1, 2), [*x.shape[2:]])
+
+    made = convert(Vision(Tokens())).eval()
+    assert_close(made(images()), expected(made.block, made.stem(images())))
+    with pytest.raises(ValueError, match="tokens are no"):
+        made.block(torch.zeros(1, 12, 8), [3, 3])
+
+
+def test_outputs_whose_length_depends_on_pixels() -> None:
+    class Detector(Net):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            scores = self.block(self.stem(x))
+            return [image[torch.nonzero(image > 0.5, as_tuple=True)] for image in scores]
+
+    model = Detector(Unit())
+    assert len(model.eval()(images())[0]) != len(convert(model).eval()(images())[0])
+
+
+def test_the_stem_behind_a_resized_batch_is_still_the_stem() -> None:
+    class Resizes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.interpolate((x - 0.5) / 0.25, scale_factor=2.0, mode="bilinear")
+            batch = x.new_full((len(x), 3, 80, 80), 0.0)
+            batch[:, :, : x.shape[2], : x.shape[3]].copy_(x)
+            return super().forward(batch)
+
+    plan = padfree.plan(Resizes(Unit()), input_size=(3, SIDE, SIDE))
+    assert [match.rule for match in plan.matches if match.name.startswith("stem")] == ["stem"]
+
+
+class StandardisedSame(nn.Conv2d):
+    """SAME padding behind a flag, standardised weights."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.same = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.same:
+            rest = max((-x.shape[-1] % self.stride[0]) + self.kernel_size[0] - self.stride[0], 0)
+            x = F.pad(x, (rest // 2, rest - rest // 2) * 2)
+        weight = (self.weight - self.weight.mean()) / (self.weight.std() + 1)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_same_padded_projection() -> None:
+    block = Basic()
+    block.conv1 = StandardisedSame(8, 16, 3, 2, bias=False)
+    block.down[0] = StandardisedSame(8, 16, 1, 2, bias=False)
+    made = convert(Net(block), rules=("dense", "projection"))
+    assert (block.down[0].stride, made.block.down[0].stride) == ((2, 2), (1, 1))
+    assert made.block.conv1.same is False
+    assert made(images()).shape[2:] == ((SIDE - 3) // 2 + 1,) * 2
+
+
+def test_a_quantizable_model_is_a_float_model() -> None:
+    class Quantizable(Net):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__(block)
+            self.total = torch.ao.nn.quantized.FloatFunctional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return self.total.add_relu(y, y)
+
+    made = convert(Quantizable(Unit())).eval()
+    assert_close(made(images()), F.relu(2 * expected(made.block, made.stem(images()))))
