@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fixed", action="store_true", help="the fixed sample that covers every pattern")
     parser.add_argument("--names", nargs="+", metavar="SOURCE", help='these models, such as "timm:resnet18"')
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs measured")
-    parser.add_argument("--timeout", type=float, default=180, metavar="SECONDS", help="for one model (default 180)")
+    parser.add_argument("--timeout", type=float, default=400, metavar="SECONDS", help="for one model (default 400)")
     arguments = parser.parse_args(argv)
     names = list(SAMPLE) if arguments.fixed else arguments.names or all_sources()
     if arguments.sample is not None:
