@@ -117,7 +117,7 @@ def _measure(result: Result) -> None:
     result.skips, result.reason = len(left), left[0] if left else ""
     if not plan.matches:
         result.status = "refused" if result.candidates else "nothing"
-        _expect_refusal(model, before)
+        result.reason = result.reason or _refusal(model, before)
         return
     converted = plan.apply(model)
     after = record(converted, before.input_size)
@@ -186,11 +186,12 @@ def _alone(model: nn.Module, recording: Recording, plan: padfree.Plan) -> bool:
     return bool(names) and bool(padfree.plan(model, include=names, input_size=recording.input_size).matches)
 
 
-def _expect_refusal(model: nn.Module, recording: Recording) -> None:
+def _refusal(model: nn.Module, recording: Recording) -> str:
+    """What `convert` says when there is nothing to do."""
     try:
         padfree.convert(model, input_size=recording.input_size)
-    except padfree.PadfreeError:
-        return
+    except padfree.PadfreeError as error:
+        return _first_line(error)
     raise Broken("convert did not raise though the plan is empty")
 
 
