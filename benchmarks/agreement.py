@@ -1,0 +1,143 @@
+"""Do the ONNX files of converted models compute what PyTorch computes?
+
+    python -m benchmarks.agreement --json agreement.json
+    python -m benchmarks.agreement --names timm:mobilenetv3_large_100
+
+The fixed sample of `benchmarks.coverage` is converted, written as ONNX (opset 18, free batch and sides; fixed sides
+where the network is tied to its size) and run by ONNX Runtime on other batch sizes and sides than it was traced with.
+A figure is the largest difference over the largest output. With `--json` a run that is stopped goes on where it was.
+The exit status is 1 if a file is off by more than 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from benchmarks.catalogue import SAMPLE, input_size
+from benchmarks.clock import machine, progress, write
+
+LIMIT = 1e-4
+PROCESSES = 2
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Convert, export and compare one model; what cannot be exported is a row with its reason."""
+    import torch
+
+    import padfree
+    from padfree.errors import NothingToConvertError
+    from padfree.sources import Source
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    begun = time.perf_counter()
+    row: dict[str, Any] = {"name": name, "status": "agrees"}
+    source = Source.from_dict(name)
+    try:
+        made = padfree.convert(source.create().eval(), input_size=input_size(source))
+        size = made.padfree_plan.input_size
+        with tempfile.TemporaryDirectory() as folder:
+            row |= _compare(made, size, Path(folder) / "model.onnx")
+    except NothingToConvertError as error:
+        row |= {"status": "nothing to convert", "reason": str(error).splitlines()[0]}
+    except padfree.PadfreeError as error:
+        row |= {"status": "refused", "reason": str(error).splitlines()[0]}
+    if row.get("difference", 0.0) > LIMIT:
+        row["status"] = "off"
+    return row | {"seconds": round(time.perf_counter() - begun, 1)}
+
+
+def _compare(model: Any, size: tuple[int, ...], path: Path) -> dict[str, Any]:
+    """The largest relative difference at two batch sizes, and at a second side where sides are free."""
+    import onnxruntime
+
+    import padfree
+    from padfree.export import to_onnx
+
+    free = True
+    try:
+        to_onnx(model, path, size)
+    except padfree.PadfreeError:
+        free = False
+        to_onnx(model, path, size, dynamic_sides=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    channels, height, width = size
+    other = (2, channels, height + 32, width + 64)
+    free = free and _takes(model, other)
+    worst = max(_difference(model, session, shape) for shape in [(1, *size), (3, *size)] + [other] * free)
+    return {"sides": "free" if free else "fixed", "difference": worst}
+
+
+def _takes(model: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the network itself runs on other images than it was converted for."""
+    import torch
+
+    try:
+        with torch.no_grad():
+            model(torch.zeros(shape))
+    except (RuntimeError, AssertionError, ValueError):
+        return False
+    return True
+
+
+def _difference(model: Any, session: Any, shape: tuple[int, ...]) -> float:
+    import torch
+
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        leaves = torch.utils._pytree.tree_leaves(model(image))
+    expected = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
+    pairs = zip(expected, map(torch.as_tensor, found), strict=True)
+    return max(float((a - b).abs().max()) / max(float(a.abs().max()), 1e-12) for a, b in pairs)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown report."""
+    compared = [row for row in rows if "difference" in row]
+    agreeing = sum(row["status"] == "agrees" for row in rows)
+    lines = [
+        f"{len(rows)} models, {len(compared)} written and compared, {agreeing} agree to {LIMIT:g} "
+        f"({sum(row['sides'] == 'free' for row in compared)} with free sides).",
+        "",
+        "| model | sides | largest relative difference | seconds |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        cell = f"{row['difference']:.1e}" if "difference" in row else f"{row['status']}: {row.get('reason', '')}"
+        lines.append(f"| {row['name']} | {row.get('sides', '')} | {cell} | {row['seconds']} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Measure and print; 1 if a file is off."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--names", nargs="+", metavar="SOURCE", default=SAMPLE, help='such as "timm:resnet18"')
+    parser.add_argument("--json", metavar="FILE", help="every figure; also what a stopped run goes on from")
+    arguments = parser.parse_args()
+    known = Path(arguments.json) if arguments.json else None
+    rows: list[dict[str, Any]] = json.loads(known.read_text())["rows"] if known and known.exists() else []
+    left = [name for name in arguments.names if name not in {row["name"] for row in rows}]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(PROCESSES, mp_context=spawn) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(measure, name) for name in left]):
+            rows.append(done.result())
+            progress(f"{len(rows)}/{len(arguments.names)} {rows[-1]}")
+            write({"machine": machine(), "rows": rows}, arguments.json)
+    rows.sort(key=lambda row: list(arguments.names).index(row["name"]) if row["name"] in arguments.names else -1)
+    print(table(rows))
+    return int(any(row["status"] == "off" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
