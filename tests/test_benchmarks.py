@@ -1,0 +1,62 @@
+"""What the benchmarks say beside their clocks: agreement of files, kinds of operations, smallest ratios."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import agreement, shares
+
+pytest.importorskip("onnxruntime")
+
+
+def test_an_exported_model_agrees() -> None:
+    row = agreement.measure("timm:test_resnet")
+    assert (row["status"], row["sides"]) == ("agrees", "free")
+    assert 0 <= row["difference"] <= agreement.LIMIT
+
+
+def test_a_file_of_another_network_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(model: Any, session: Any, shape: tuple[int, ...]) -> float:
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+        return honest(model, session, shape)
+
+    honest = agreement._difference
+    monkeypatch.setattr(agreement, "_difference", other)
+    assert agreement.measure("timm:test_resnet")["status"] == "off"
+
+
+def test_what_cannot_be_compared_says_why() -> None:
+    row = agreement.measure("timm:test_vit")
+    assert row["status"] == "nothing to convert" and "patchify" in row["reason"]
+    text = agreement.table([row])
+    assert "1 models, 0 written and compared, 0 agree" in text and "patchify" in text
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("FusedConv", "convolution"),
+        ("aten::native_batch_norm", "norm"),
+        ("aten::maximum", "max-pool"),
+        ("MaxPool", "max-pool"),
+        ("aten::addmm", "matrix product"),
+        ("aten::add_", "sum"),
+        ("ReorderInput", "layout"),
+        ("aten::hardswish_", "activation"),
+        ("aten::empty", "other"),
+    ],
+)
+def test_kinds_of_operators(operator: str, kind: str) -> None:
+    assert shares.kind_of(operator) == kind
+
+
+def test_shares_add_up_to_the_originals_time() -> None:
+    found = shares.shares("shufflenetv2-x1.0", 32, 1, "onnxruntime", runs=3)
+    assert sum(before for before, _ in found.values()) == pytest.approx(100)
+    assert found["max-pool"][1] > found["max-pool"][0] > 0
+    assert found["other"][0] < 50
