@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import time
 from pathlib import Path
@@ -101,6 +102,22 @@ def test_the_tables(tmp_path: Path) -> None:
     assert r"| 1 | `...`: n \| n |" in page
     assert "- crash: `bsconv:c`: KeyError: 1" in page
     assert len((tmp_path / "coverage.csv").read_text().splitlines()) == 4
+
+
+def test_the_published_totals_are_those_of_the_published_rows() -> None:
+    root = Path(__file__).parent.parent
+    with (root / "docs" / "coverage.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    page, readme = ((root / name).read_text() for name in ("docs/coverage.md", "README.md"))
+    assert {row["name"] for row in rows} == set(catalogue.all_sources())
+    for line in tables.totals(rows):
+        assert f"- {line}\n" in page
+        assert f"- {line}\n" in readme
+
+
+def _value(text: str) -> int | str | bool | None:
+    known: dict[str, bool | None] = {"": None, "True": True, "False": False}
+    return known[text] if text in known else int(text) if text.isdigit() else text
 
 
 @pytest.mark.slow
