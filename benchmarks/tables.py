@@ -27,9 +27,10 @@ def totals(rows: Sequence[Row]) -> list[str]:
     return [
         f"{len(rows)} models, {len(candidates)} of them with something to convert, "
         f"{len(depthwise)} with strided depthwise convolutions",
-        f"converted: {converted} ({status['full']} fully, {status['part']} in part; "
-        f"{len(within)} of those with something to convert)",
-        f"converted by the depthwise rule alone: {sum(bool(row['depthwise_alone']) for row in depthwise)}",
+        f"converted: {converted} ({status['full']} fully, {status['part']} in part); "
+        f"of those with something to convert: {len(within)} ({sum(row['status'] == 'full' for row in within)} fully)",
+        "converted when only the domains of depthwise convolutions may be: "
+        f"{sum(bool(row['depthwise_alone']) for row in depthwise)}",
         f"refused with a reason: {status['refused']}; nothing to convert: {status['nothing']}; "
         f"not built or run by their library: {status['unbuilt']}",
         f"strided convolutions: {sum(row['sites'] for row in rows)}, "
@@ -63,6 +64,11 @@ def _page(rows: Sequence[Row]) -> str:
         "",
         "A converted model was rebuilt from its plan, run before and after, given a training step, deep-copied and",
         "pickled; converting it again found nothing; its old keys, their order and their shapes were compared.",
+        "",
+        "*Something to convert*: a stride-2 convolution with an odd kernel of at least 3, or a 3x3 stride-2 max-pool.",
+        "*Fully*: every place that the method defines a rewrite for. Outside it are places that are padding-free",
+        "already, patchify stems, blurs with fixed filters, and convolutions that only subsample the keys and values of",
+        "an attention; the plan names them too. *In part*: some places were left alone; the CSV has the first's reason.",
         "",
         "| library | models | fully | in part | refused | nothing to convert | not built | faults |",
         "|---|---|---|---|---|---|---|---|",
