@@ -215,7 +215,7 @@ def minimum_input(original: Recording, converted: Recording) -> int | None:
     side = _least(converted, top)
     if _runs(original, side):
         return side
-    return _least(converted, top, original)
+    return _least(converted, top, original) if _runs(original, top) else None
 
 
 def _least(recording: Recording, top: int, *others: Recording) -> int:
