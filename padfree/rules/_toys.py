@@ -129,13 +129,13 @@ class Twice(nn.Module):
 
 
 class Methodical(nn.Module):
-    """A network whose stem is called in a method of its own, conv -> norm."""
+    """A network whose stem is called in a method of its own, conv -> norm; then come `first` and a strided unit."""
 
-    def __init__(self, channels: int, norm: nn.Module) -> None:
+    def __init__(self, channels: int, norm: nn.Module, *first: nn.Module) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, channels, 3, padding=1)
         self.norm = norm
-        self.body = net(stem=depthwise(channels), out=channels)
+        self.body = net(depthwise(channels), stem=nn.Sequential(*first), out=channels)
 
     def features(self, x: Tensor) -> Tensor:
         """The stem."""

@@ -124,12 +124,13 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
         block = call.path
     else:
-        block = _tail_block(sites, conv, value)
+        bare = chain.norm is None and chain.act is None  # a norm or activation that was not seen may follow
+        block = _tail_block(sites, conv, value, besides=(conv.path,) if bare else ())
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
 
 
-def _tail_block(sites: Sites, conv: Conv, value: int) -> str:
+def _tail_block(sites: Sites, conv: Conv, value: int, besides: tuple[str, ...]) -> str:
     """The module whose forward the tail goes into; rather than the root, the module that returns `value` itself."""
     around = block_for(sites, conv.op, value, owner=conv.path, child=True)
     if around.path:
@@ -139,7 +140,12 @@ def _tail_block(sites: Sites, conv: Conv, value: int) -> str:
     for call in recording.ancestors(-1 if producer is None else producer.call):
         if isinstance(recording.modules[call.path], _BatchNorm):
             continue  # `convert_sync_batchnorm` would put another in its place, without the tail
-        if call.path and call.outputs == (value,) and len(recording.calls_of[call.path]) == 1:
+        if (
+            call.path
+            and call.path not in besides
+            and call.outputs == (value,)
+            and len(recording.calls_of[call.path]) == 1
+        ):
             return call.path
     return ""
 
@@ -232,7 +238,7 @@ EXAMPLES = (
         ("0.branches.0.0",),
     ),
     Example(lambda: Methodical(8, nn.GroupNorm(2, 8)), SIZE, ("conv",)),
-    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.Identity(), nn.BatchNorm2d(8), nn.ReLU()), SIZE, ("conv",)),
 )
 COUNTEREXAMPLES = (
     Example(lambda: net(depthwise(8), stem=unit(3, 8, 4, 4, padding=0)), SIZE, ("patchify stem",)),
@@ -243,5 +249,6 @@ COUNTEREXAMPLES = (
         ("2 separate convs read the input",),
     ),
     Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("calls its own method `features`",)),
+    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("calls its own method `features`",)),
 )
 RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))
