@@ -52,6 +52,8 @@ def measure(name: str) -> dict[str, Any]:
         row |= {"status": "nothing to convert", "reason": str(error).splitlines()[0]}
     except padfree.PadfreeError as error:
         row |= {"status": "refused", "reason": str(error).splitlines()[0]}
+    except Exception as error:  # a file that does not run is the worst disagreement
+        row |= {"status": "off", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
     if row.get("difference", 0.0) > LIMIT:
         row["status"] = "off"
     return row | {"seconds": round(time.perf_counter() - begun, 1)}

@@ -218,3 +218,25 @@ def test_onnx_runtime_and_torch_agree_on_converted_models(name, tmp_path):
         assert_close(run_onnx(path, x), out, rtol=1e-4, atol=1e-4)
         if shape[2:] == (128, 128) or (free and min(shape[2:]) > 95):
             assert_close(program.module()(x), out, rtol=1e-4, atol=1e-4)
+
+
+class Windows(nn.Sequential):
+    """Pads its map to whole windows of seven, if it has to."""
+
+    def forward(self, x):
+        x = self[0](x)
+        below, right = -x.shape[-2] % 7, -x.shape[-1] % 7
+        if below > 0 or right > 0:
+            x = nn.functional.pad(x, (0, right, 0, below))
+        n, c, h, w = x.shape
+        return x.reshape(n, c, h // 7, 7, w // 7, 7).amax((3, 5)).mean((2, 3))
+
+
+def test_free_sides_that_the_file_does_not_follow_are_an_error(tmp_path):
+    torch.manual_seed(0)
+    model = Windows(nn.Conv2d(3, 8, 3, 2, 1)).eval()
+    assert model(images(1, 3, 60, 92)).shape == (1, 8)
+    with pytest.raises(padfree.PadfreeError, match="dynamic_sides=False"):
+        to_onnx(model, tmp_path / "free.onnx", (3, 28, 28))
+    assert not list(tmp_path.iterdir())
+    assert to_onnx(model, tmp_path / "fixed.onnx", (3, 28, 28), dynamic_sides=False).exists()
