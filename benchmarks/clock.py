@@ -3,10 +3,15 @@
 Timings on a shared machine drift, so nothing is compared across processes or minutes: candidates take
 turns, each turn gives one ratio, and the median of those ratios is reported with its quartiles. What is
 counted is the process's CPU time: with one thread that is the wall clock of an otherwise idle machine.
+Freed memory stays with the process: glibc by default returns large maps to the system and faults them in again,
+or not, depending on what was freed before, which moves single figures by a third either way.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import json
 import os
 import platform
@@ -32,6 +37,7 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 15
         rounds: turns of each candidate.
         seconds: about how long one turn takes.
     """
+    _keep_memory()
     for run in candidates.values():
         run()
         run()
@@ -43,6 +49,16 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], rounds: int = 15
         for name, run in order[index % len(order) :] + order[: index % len(order)]:
             timings[name].append(_turn(run, calls))
     return timings
+
+
+@functools.cache
+def _keep_memory() -> None:
+    """Tell glibc's allocator to neither map nor trim; other allocators are left as they are."""
+    trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for name, value in ((mmap_max, 0), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20)):
+            mallopt(name, value)
 
 
 def _turn(run: Callable[[], object], calls: int) -> float:

@@ -3,23 +3,28 @@
     python -m benchmarks.floor --json floor.json
 
 `convs` runs nothing but a network's own convolutions, on the maps they get, in turns with the original's: what is left
-if pooling, adding, concatenating, norms and activations cost nothing. A ratio of `benchmarks.latency` cannot fall much
-below it. The second table times one 1x1 convolution on the even map of the original and the odd map that follows.
+if pooling, adding, concatenating, norms and activations cost nothing. `free` runs the whole network, but its new pools
+and sums return at once with a map of the right shape; `copy` lets each pool copy as many bytes as it must read and
+write, and the sums add. No code for pools and sums brings a ratio of `benchmarks.latency` below `free`, and none that
+stands apart from the convolution below `copy`. The last table times one 1x1 convolution on the even map of the
+original and the odd map that follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import interleaved, machine, progress, ratio, title, write
-from benchmarks.latency import NETWORKS, PAPER, SIDES, Call, NotHere, build
+from benchmarks.latency import BATCHES, NETWORKS, PAPER, SIDES, Call, NotHere, build, pools
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 POINTWISE = [(160, 960, 4, 3), (112, 672, 8, 7), (40, 120, 16, 15), (24, 72, 32, 31)]  # in, out, before, after
@@ -62,8 +67,53 @@ def convolutions(model: nn.Module, x: torch.Tensor) -> Call:
     return run
 
 
+class IdealPools:
+    """A pool and a sum that compute nothing: they return at once, or (`copying`) after moving their bytes."""
+
+    def __init__(self, copying: bool) -> None:
+        self.copying = copying
+        self.maps: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def pool(self, x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+        """A map of the right shape, made once; a copy moves as much as reading `x` and writing the map."""
+        key = (x.shape, x.stride(), kernel, stride, padding)
+        if key not in self.maps:
+            pooled = F.max_pool2d(x, kernel, stride, padding)
+            moved = torch.empty((x.numel() + pooled.numel()) // 2)
+            self.maps[key] = (pooled, moved, moved.clone())
+        pooled, source, target = self.maps[key]
+        if self.copying:
+            target.copy_(source)
+        return pooled
+
+    def add(self, y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+        """`y` itself, or a true sum."""
+        return y + pooled if self.copying else y
+
+
+def whole(original: nn.Module, converted: nn.Module, image: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Padfree over original in eager mode: as it is, with free pools and sums, with pools at a copy's speed."""
+
+    def ideally(ideal: IdealPools) -> Call:
+        def run() -> None:
+            with pools(ideal.pool, ideal.add):
+                converted(image)
+
+        return run
+
+    calls = {
+        "original": lambda: original(image),
+        "now": lambda: converted(image),
+        "free": ideally(IdealPools(copying=False)),
+        "copy": ideally(IdealPools(copying=True)),
+    }
+    with torch.inference_mode():
+        timings = interleaved(calls, rounds)
+    return {key: ratio(timings, key, "original") for key in calls if key != "original"}
+
+
 def measure(name: str, side: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Counts and convolution times of one network."""
+    """Counts and times of one network."""
     original, converted = build(name, side)
     before, after = counts(original, side), counts(converted, side)
     row: dict[str, Any] = {
@@ -82,6 +132,7 @@ def measure(name: str, side: int, batch: int, rounds: int) -> dict[str, Any]:
         calls = {key: convolutions(model.to(memory_format=memory_format), image) for key, model in models.items()}
         with torch.inference_mode():
             row[f"convs {layout}"] = ratio(interleaved(calls, rounds, seconds=0.05), "padfree", "original")
+        row[f"whole {layout}"] = whole(original, converted, image, rounds)
     return row
 
 
@@ -108,33 +159,51 @@ def pointwise(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of the networks, with the geometric mean over those measured at each side and batch."""
+    times = [(f"whole {layout}", key) for layout in LAYOUTS for key in ("now", "copy", "free")]
+    times += [(f"convs {layout}", "") for layout in LAYOUTS]
+    heads = [kind.replace("whole ", f"{key}, ").replace("convs ", "convs, ") for kind, key in times]
+    lines = [f"| network | side | batch | multiply-adds | bytes of leaf modules | {' | '.join(heads)} |"]
+    lines.append("|---" * (5 + len(times)) + "|")
+    for side, batch in dict.fromkeys((row["side"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["side"], row["batch"]) == (side, batch)]
+        cells = [
+            [row["macs"], row["bytes"], *((row[kind][key] if key else row[kind])["median"] for kind, key in times)]
+            for row in here
+        ]
+        means = [statistics.geometric_mean(column) for column in zip(*cells, strict=True)]
+        for name, figures in [(row["network"], line) for row, line in zip(here, cells, strict=True)] + [
+            ("geometric mean", means)
+        ]:
+            lines.append(f"| {name} | {side} | {batch} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPER)
     parser.add_argument("--sides", nargs="+", type=int, choices=SIDES, default=SIDES)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", nargs="+", type=int, help="default: those of benchmarks.latency")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", metavar="FILE", help="every figure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     about = machine()
-    print(f"Padding-free over original, batch {arguments.batch}, on {title(about)}.\n")
-    print("| network | side | multiply-adds | bytes of leaf modules | convs, contiguous | convs, channels_last |")
-    print("|---|---|---|---|---|---|")
     rows = []
     for side in arguments.sides:
-        for name in arguments.networks:
-            try:
-                rows.append(row := measure(name, side, arguments.batch, arguments.rounds))
-            except NotHere as reason:
-                progress(f"{name} {side}: left out: {reason}")
-                continue
-            timed = " | ".join(f"{row[f'convs {layout}']['median']:.3f}" for layout in LAYOUTS)
-            print(f"| {name} | {side} | {row['macs']:.3f} | {row['bytes']:.3f} | {timed} |", flush=True)
+        for batch in arguments.batches or BATCHES[side]:
+            for name in arguments.networks:
+                try:
+                    rows.append(measure(name, side, batch, arguments.rounds))
+                    progress(f"{name} {side} {batch}: {rows[-1]}")
+                except NotHere as reason:
+                    progress(f"{name} {side}: left out: {reason}")
+    print(f"Padding-free over original on {title(about)}.\n\n{table(rows)}")
     points = pointwise(arguments.rounds)
-    print("\n| 1x1 conv | maps | layout | multiply-adds | time |\n|---|---|---|---|---|")
+    print("\n| 1x1 conv, batch 1 | maps | layout | multiply-adds | time |\n|---|---|---|---|---|")
     for point in points:
         where = f"| {point['conv']} | {point['maps']} | {point['layout']} "
         print(f"{where}| {point['macs']:.2f} | {point['time']:.2f} |")

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import math
+import operator
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -74,15 +75,19 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
 
 
 @contextlib.contextmanager
-def plain_pools() -> Iterator[None]:
-    """Every pool of a converted network as `nn.MaxPool2d` would compute it, every sum as `+` would."""
-    fast = pooling._pool, pooling._add
-    pooling._pool = lambda x, kernel, stride, padding: F.max_pool2d(x, kernel, stride, padding)
-    pooling._add = lambda y, pooled: y + pooled
+def pools(pool: Callable[..., torch.Tensor], add: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Every pool and every sum of converted networks by these functions (of `padfree.pooling`'s signatures)."""
+    usual = pooling._pool, pooling._add
+    pooling._pool, pooling._add = pool, add
     try:
         yield
     finally:
-        pooling._pool, pooling._add = fast
+        pooling._pool, pooling._add = usual
+
+
+def plain_pools() -> contextlib.AbstractContextManager[None]:
+    """Every pool as `nn.MaxPool2d` would compute it, every sum as `+` would."""
+    return pools(lambda x, kernel, stride, padding: F.max_pool2d(x, kernel, stride, padding), operator.add)
 
 
 def runner(

@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
     result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
+    result.add_argument("--fixed-sides", action="store_true", help="export for this input size only; the batch is free")
     return parser
 
 
@@ -98,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> None:
         converted = made.apply(original)
         comparison = compare(original, converted, made.input_size)
         report = _report(source, made, comparison, original)
-        _write_models(converted, made, source, targets)
+        _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
     _publish(report, source, made, None if arguments.plan_only else comparison, targets)
 
 
@@ -113,6 +114,8 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
             flag = "--" + name.replace("_", "-")
             raise PadfreeError(f"--plan-only converts nothing, so it has nothing to write for {flag}")
         targets[name] = None if (name, path) == ("json", "-") else check_target(path)
+    if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
+        raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
         raise PadfreeError(f"--output {arguments.output}: the name must end in .safetensors")
     written = [path.absolute() for path in targets.values() if path is not None]
@@ -189,18 +192,20 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
     return report | {"options": content["options"], "matches": content["matches"], "skips": content["skips"]}
 
 
-def _write_models(converted: nn.Module, made: Plan, source: Source, targets: dict[str, Path | None]) -> None:
+def _write_models(
+    converted: nn.Module, made: Plan, source: Source, targets: dict[str, Path | None], *, dynamic_sides: bool
+) -> None:
     output, onnx, program = (targets.get(name) for name in ("output", "onnx", "exported_program"))
     if output is not None:
         save(converted, output, source)
     if onnx is not None:
         from padfree.export import to_onnx
 
-        to_onnx(converted.eval(), onnx, made.input_size)
+        to_onnx(converted.eval(), onnx, made.input_size, dynamic_sides=dynamic_sides)
     if program is not None:
         from padfree.export import to_exported_program
 
-        to_exported_program(converted.eval(), program, made.input_size)
+        to_exported_program(converted.eval(), program, made.input_size, dynamic_sides=dynamic_sides)
 
 
 def _publish(

@@ -118,12 +118,12 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
     Args:
         original: the network before conversion.
         converted: the network after it.
-        input_size: (C, H, W); the original's own default if not given.
+        input_size: (C, H, W); default: the size that `converted` was converted at.
 
     Raises:
         PadfreeError: one of them does not run at that size.
     """
-    size = default_input_size(original) if input_size is None else check_input_size(input_size)
+    size = default_input_size(converted) if input_size is None else check_input_size(input_size)
     recordings = record(original, size), record(converted, size)
     counts = count_macs(original, size), count_macs(converted, size)
     names = list(dict.fromkeys([*counts[0].uncounted, *counts[1].uncounted]))

@@ -45,7 +45,8 @@ def fuse(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.M
 
     Args:
         model: any network in eval mode, converted or not; it stays untouched.
-        input_size: (C, H, W) to look at it with; default: that of its `pretrained_cfg`, else (3, 224, 224).
+        input_size: (C, H, W) to look at it with; default: the size it was converted at,
+            else that of its `pretrained_cfg`, else (3, 224, 224).
 
     Returns:
         the fused copy; in float32 its outputs equal the original's to 1e-5 of the largest.

@@ -141,8 +141,12 @@ class CallTracker:
 def default_input_size(model: nn.Module) -> tuple[int, ...]:
     """(C, H, W) from the model's `pretrained_cfg` or `default_cfg`, else (3, 224, 224), or (3, 16, 224, 224) for video.
 
-    The channel count of a model built with `in_chans=` is read from its first convolution.
+    A converted model's is the size it was converted at. The channel count of a model built with `in_chans=` is read
+    from its first convolution.
     """
+    planned = getattr(getattr(model, "padfree_plan", None), "input_size", None)
+    if planned is not None:
+        return check_input_size(planned)
     size: tuple[int, ...] = (3, 224, 224)
     for name in ("pretrained_cfg", "default_cfg"):
         config = getattr(model, name, None)

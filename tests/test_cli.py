@@ -69,6 +69,7 @@ def _no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*SMALL, "--json", "."], "it is a folder"),
         ([*SMALL, "--onnx", "none/a.onnx"], "there is no folder none"),
         ([*SMALL, "--plan-only", "--output", "a.safetensors"], "nothing to write for --output"),
+        ([*SMALL, "--fixed-sides"], "neither is asked for"),
         ([*SMALL, "--output", "a.safetensors", "--json", "a.safetensors"], "the same file"),
         (["--bsconv", "cifar_resnet20", "--pretrained"], "no pretrained weights"),
     ],
@@ -194,14 +195,16 @@ def test_output_and_json_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_exports_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def export(model: nn.Module, path: Path, size: tuple[int, ...]) -> None:
-        calls.append((path.name, size, model.training, padfree.is_converted(model)))
+    def export(model: nn.Module, path: Path, size: tuple[int, ...], *, dynamic_sides: bool) -> None:
+        calls.append((path.name, size, dynamic_sides, model.training, padfree.is_converted(model)))
 
     monkeypatch.setattr("padfree.export.to_onnx", export)
     monkeypatch.setattr("padfree.export.to_exported_program", export)
     argv = [*SMALL, "--onnx", str(tmp_path / "a.onnx"), "--exported-program", str(tmp_path / "a.pt2")]
     assert main(argv) == 0
-    assert calls == [("a.onnx", (3, 64, 64), False, True), ("a.pt2", (3, 64, 64), False, True)]
+    assert main([*argv, "--fixed-sides"]) == 0
+    size = (3, 64, 64)
+    assert calls == [(name, size, free, False, True) for free in (True, False) for name in ("a.onnx", "a.pt2")]
 
 
 # as a command

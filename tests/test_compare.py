@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 import padfree
 from padfree.compare import Comparison, Pair, StageMap, compare, count_macs, minimum_input
 from padfree.errors import PadfreeError
+from padfree.export import to_onnx
 from padfree.record import record
 
 
@@ -180,3 +182,26 @@ def test_change_is_relative_and_unknown_without_figures() -> None:
     assert Pair(200, 150).change == -0.25
     assert Pair(None, 3).change is None
     assert Pair(0, 3).change is None
+
+
+class FixedEmbedding(nn.Module):
+    """Takes 40x40 images only: a position embedding is added before the strided convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 1, 1)
+        self.position = nn.Parameter(torch.rand(1, 8, 40, 40))
+        self.down = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.conv(x) + self.position).mean((2, 3))
+
+
+def test_a_converted_network_is_looked_at_in_the_size_it_was_converted_at(tmp_path: Path) -> None:
+    original = FixedEmbedding().eval()
+    converted = padfree.convert(original, input_size=(3, 40, 40)).eval()
+    assert padfree.compare(original, converted).input_size == (3, 40, 40)
+    image = torch.rand(2, 3, 40, 40)
+    torch.testing.assert_close(padfree.fuse(converted)(image), converted(image))
+    assert to_onnx(converted, tmp_path / "a.onnx", dynamic_sides=False).exists()
+    assert padfree.plan(converted).input_size == (3, 40, 40)
