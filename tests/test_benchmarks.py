@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 import torch
 
-from benchmarks import agreement, shares
+import padfree
+from benchmarks import agreement, floor, latency, shares
 
 pytest.importorskip("onnxruntime")
 
@@ -60,3 +62,31 @@ def test_shares_add_up_to_the_originals_time() -> None:
     assert sum(before for before, _ in found.values()) == pytest.approx(100)
     assert found["max-pool"][1] > found["max-pool"][0] > 0
     assert found["other"][0] < 50
+
+
+@pytest.mark.parametrize("copying", [True, False])
+def test_ideal_pools_keep_the_shapes_and_are_taken_away_again(copying: bool) -> None:
+    converted = padfree.convert(timm.create_model("test_efficientnet").eval())
+    image = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = converted(image)
+        ideal = floor.IdealPools(copying)
+        with latency.pools(ideal.pool, ideal.add):
+            first, second = converted(image), converted(image)
+        torch.testing.assert_close(converted(image), wanted, rtol=0, atol=0)
+        with latency.plain_pools():
+            torch.testing.assert_close(converted(image), wanted)
+    assert first.shape == wanted.shape
+    assert ideal.maps and torch.equal(first, second)  # the maps are made once and never written to
+
+
+def test_the_floors_table_has_the_geometric_mean() -> None:
+    def row(network: str, time: float) -> dict[str, Any]:
+        made: dict[str, Any] = {"network": network, "side": 32, "batch": 1, "macs": time, "bytes": time}
+        for layout in floor.LAYOUTS:
+            made[f"convs {layout}"] = {"median": time}
+            made[f"whole {layout}"] = {key: {"median": time} for key in ("now", "copy", "free")}
+        return made
+
+    *_, last = floor.table([row("a", 0.5), row("b", 2.0)]).splitlines()
+    assert last == "| geometric mean | 32 | 1 |" + " 1.00 |" * 10
