@@ -3,6 +3,7 @@
     python -m benchmarks.pool --json pool.json
 
 Each shape that the networks pool is run along every path of `padfree.pooling` in turns, in both layouts, one thread;
+`native` is there where the C extension was built, and `--without-extension` shows what is chosen where it was not;
 the table gives microseconds, marks the path that `_choose` takes with `*`, and what that costs against the best.
 """
 
@@ -19,6 +20,7 @@ from benchmarks.clock import interleaved, machine, progress, ratio, title, write
 from padfree import pooling
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PATHS = ("plain", "channels_last", "separable", "native")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHORTCUT, STEM, STEM_HALVED, WIDE = (3, 2, 0), (3, 1, 1), (3, 2, 1), (5, 2, 1)
 CASES = [  # (shape, window): what MobileNetV3, GhostNet, ShuffleNetV2 and ParC-MobileNetV2 pool at 224 and at 32
@@ -58,6 +60,8 @@ def measure(
         "plain": lambda: F.max_pool2d(x, *window),
         "separable": lambda: pooling._separable(x, *window),
     }
+    if pooling._native is not None and dtype == "float32":
+        paths["native"] = lambda: pooling._one_pass(x, *window)
     if layout == "contiguous":
         paths["channels_last"] = lambda: pooling._through_channels_last(x, *window)
     expected = F.max_pool2d(x, *window)
@@ -84,11 +88,11 @@ def measure(
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The Markdown report."""
     lines = [f"Microseconds on {title(about)}; `*` is the path taken.", ""]
-    lines += ["| shape | k, s, p | layout | dtype | plain | channels_last | separable | taken / plain | taken / best |"]
-    lines += ["|" + "---|" * 9]
+    heads = ["shape", "k, s, p", "layout", "dtype", *PATHS, "taken / plain", "taken / best"]
+    lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = []
-        for name in ("plain", "channels_last", "separable"):
+        for name in PATHS:
             figure = row["microseconds"].get(name)
             cells.append("" if figure is None else f"{figure:.0f}{'*' if name == row['chosen'] else ''}")
         where = f"| {'x'.join(map(str, row['shape']))} | {', '.join(map(str, row['window']))} "
@@ -103,9 +107,12 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--without-extension", action="store_true", help="as where no C compiler was at hand")
     parser.add_argument("--json", metavar="FILE", help="every figure")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.without_extension:
+        pooling._native = None
     rows = []
     with torch.inference_mode():
         for dtype in arguments.dtypes:

@@ -12,6 +12,7 @@ tensors, tensor subclasses, dispatch modes, other devices) sees the plain operat
 
 The paths (`_choose` picks one; its constants come from `python -m benchmarks.pool`):
 
+    native         float32: the C extension `_maxpool.c`, one pass over the map; absent where no compiler was at hand
     plain          F.max_pool2d
     channels_last  convert, F.max_pool2d (whose channels_last kernel is vectorised), convert back
     separable      maxima of strided views, rows first, then columns: no indices at all
@@ -24,9 +25,14 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+try:
+    from padfree import _maxpool as _native
+except ImportError:
+    _native = None  # type: ignore[assignment]
+
 __all__ = ["add_shortcut", "max_pool", "shortcut_pool"]
 
-Path = Literal["plain", "channels_last", "separable"]
+Path = Literal["native", "plain", "channels_last", "separable"]
 
 # Crossover points, one thread, AVX-512 x86 CPU; `python -m benchmarks.pool` measures them anew.
 NARROW_WIDTH = 16  # contiguous maps up to this wide, and ...
@@ -37,6 +43,7 @@ TINY_WIDTH = 8  # contiguous maps up to this wide are always converted
 SEPARABLE_TAPS = 800_000  # outputs x kernel^2 from which separable maxima win, ...
 SEPARABLE_TAPS_THIN = 400_000  # ... and with fewer channels than the next line's,
 THIN_CHANNELS = 48  # where the built-in, vectorised over channels, is slow
+THREADED_NUMEL = 1 << 16  # elements from which the C extension takes torch's number of threads
 CHUNK_BYTES = 4 << 20  # input worked on at a time, so that it stays in the cache with what is made of it
 
 _LOWEST = float("-inf")
@@ -108,6 +115,8 @@ def _pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tens
         pooled: torch.Tensor = _MaxPool.apply(x, kernel, stride, padding)
         return pooled
     path = _choose(x, kernel, stride, padding)
+    if path == "native":
+        return _one_pass(x, kernel, stride, padding)
     if path == "separable":
         return _separable(x, kernel, stride, padding)
     if path == "channels_last":
@@ -143,6 +152,9 @@ def _ordinary(x: torch.Tensor, kernel: int, padding: int) -> bool:
 
 def _choose(x: torch.Tensor, kernel: int, stride: int, padding: int) -> Path:
     """The fastest path for an ordinary map outside training: the one place where that is decided."""
+    plain_memory = not (x.is_neg() or x._is_zerotensor())  # these hold other numbers than their memory, or have none
+    if _native is not None and x.dtype is torch.float32 and kernel in (3, 5) and stride in (1, 2) and plain_memory:
+        return "native"
     _, channels, height, width = x.shape
     if x.is_contiguous():
         narrow = width <= TINY_WIDTH or (width <= NARROW_WIDTH and x.numel() <= NARROW_NUMEL)
@@ -151,6 +163,20 @@ def _choose(x: torch.Tensor, kernel: int, stride: int, padding: int) -> Path:
     taps = x.shape[0] * channels * rows * columns * kernel * kernel
     enough = SEPARABLE_TAPS_THIN if channels < THIN_CHANNELS else SEPARABLE_TAPS
     return "separable" if taps >= enough else "plain"
+
+
+def _one_pass(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """Pool a float32 map by the C extension; contiguous or channels_last."""
+    count, channels, height, width = x.shape
+    h, w = _out_side(height, kernel, stride, padding), _out_side(width, kernel, stride, padding)
+    if x.is_contiguous():
+        pooled, planes, unit = x.new_empty((count, channels, h, w)), count * channels, 1
+    else:
+        pooled = torch.empty((count, channels, h, w), dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
+        planes, unit = count, channels
+    threads = torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
+    _native.max_pool(x.data_ptr(), pooled.data_ptr(), planes, height, width, unit, kernel, stride, padding, threads)
+    return pooled
 
 
 def _out_side(side: int, kernel: int, stride: int, padding: int) -> int:

@@ -57,6 +57,11 @@ def test_kinds_of_operators(operator: str, kind: str) -> None:
     assert shares.kind_of(operator) == kind
 
 
+def test_the_profiler_sees_the_pools() -> None:
+    found = shares.shares("mobilenetv3-large", 32, 1, "eager", runs=2)
+    assert found["max-pool"][0] == 0 and 0.2 < found["max-pool"][1] < 30
+
+
 def test_shares_add_up_to_the_originals_time() -> None:
     found = shares.shares("shufflenetv2-x1.0", 32, 1, "onnxruntime", runs=3)
     assert sum(before for before, _ in found.values()) == pytest.approx(100)

@@ -19,7 +19,9 @@ from padfree.pooling import max_pool, shortcut_pool
 
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 WINDOWS = [(3, 2, 0), (5, 2, 1), (7, 2, 2), (3, 1, 1), (3, 2, 1), (2, 2, 0), (4, 3, 1)]
+NATIVE_WINDOWS = [(3, 2, 0), (5, 2, 1), (3, 1, 1), (3, 2, 1), (5, 1, 2), (5, 2, 0), (5, 2, 2), (3, 1, 0)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
+native = pytest.mark.skipif(pooling._native is None, reason="the C extension was not built")
 
 
 def some_map(shape, layout=torch.contiguous_format, dtype=torch.float32, levels=None, seed=0):
@@ -272,7 +274,8 @@ def test_inference_mode_and_no_grad_on_a_leaf_that_requires_grad():
         assert_close(shortcut_pool(x), expected, **EXACT)
 
 
-def test_the_choice_is_what_was_measured():
+def test_the_choice_is_what_was_measured_without_the_extension(monkeypatch):
+    monkeypatch.setattr(pooling, "_native", None)
     choices = {
         (1, 64, 112, 112): ("separable", "separable"),
         (1, 672, 4, 4): ("channels_last", "plain"),
@@ -282,6 +285,98 @@ def test_the_choice_is_what_was_measured():
     for shape, expected in choices.items():
         chosen = tuple(pooling._choose(some_map(shape, layout), 3, 2, 0) for layout in LAYOUTS)
         assert chosen == expected, shape
+
+
+@native
+def test_the_extension_takes_the_float32_maps_that_it_knows():
+    x = some_map((1, 64, 40, 40))
+    assert pooling._choose(x, 3, 2, 0) == pooling._choose(x, 5, 2, 1) == pooling._choose(x, 3, 1, 1) == "native"
+    assert "native" not in (
+        pooling._choose(x, 7, 2, 2),
+        pooling._choose(x, 3, 3, 1),
+        pooling._choose(x.double(), 3, 2, 0),
+    )
+    negative = torch._neg_view(x)
+    assert negative.is_neg() and pooling._choose(negative, 3, 2, 0) != "native"
+    assert_close(max_pool(negative, 3, 2, 0), F.max_pool2d(-x, 3, 2), **EXACT)
+    nothing = torch._efficientzerotensor((1, 64, 40, 40))
+    assert nothing._is_zerotensor() and pooling._choose(nothing, 3, 2, 0) != "native"
+
+
+@native
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", NATIVE_WINDOWS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_extension_gives_the_builtin_values_and_strides(window, layout, threads, monkeypatch):
+    monkeypatch.setattr(pooling, "THREADED_NUMEL", 0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in itertools.product((1, 3), (2, 17, 64), (5, 8, 33), (5, 16, 21, 47)):
+            x = some_map(shape, layout, seed=shape[3])
+            x[:, 1, 3, 4] = math.nan
+            out, expected = pooling._one_pass(x, *window), F.max_pool2d(x, *window)
+            assert_close(out, expected, **EXACT)
+            assert out.stride() == expected.stride()
+    finally:
+        torch.set_num_threads(before)
+
+
+@native
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(5, 40), st.integers(5, 70)),
+    window=st.sampled_from(NATIVE_WINDOWS),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 99),
+)
+def test_the_extension_on_any_map(shape, window, layout, seed):
+    x = some_map(shape, layout, levels=2, seed=seed)
+    pick = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    x[pick < 0.1] = math.nan
+    x[pick > 0.8] = -math.inf
+    assert_close(pooling._one_pass(x, *window), F.max_pool2d(x, *window), **EXACT)
+
+
+@native
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory by mprotect")
+def test_the_extension_stays_inside_its_maps():
+    """Every map ends at, and then begins after, a page that must not be touched; a step outside kills the process."""
+    script = """
+import ctypes, itertools, mmap
+import torch
+import torch.nn.functional as F
+from padfree import pooling
+page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+area = mmap.mmap(-1, size + 2 * page)
+base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+for guard in (base, base + page + size):
+    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+inside = torch.frombuffer(memoryview(area)[page : page + size], dtype=torch.float32)
+windows = [(3, 2, 0), (3, 1, 1), (3, 2, 1), (5, 2, 1), (5, 1, 2)]
+count = 0
+for n, c, h, w in itertools.product((1, 2), (1, 3, 16), (5, 6, 9), (5, 7, 16, 17, 33)):
+    for begin in (0, inside.numel() - n * c * h * w):
+        flat = inside[begin : begin + n * c * h * w].copy_(torch.randn(n * c * h * w))
+        for x in (flat.view(n, c, h, w), flat.view(n, h, w, c).permute(0, 3, 1, 2)):
+            for window in windows:
+                assert torch.equal(pooling._one_pass(x, *window), F.max_pool2d(x, *window))
+                count += 1
+print(count)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) == 1800
+
+
+@native
+@pytest.mark.parametrize("wrong", [(7, 2, 0), (3, 3, 0), (3, 2, 2), (3, 2, -1)])
+def test_the_extension_refuses_other_windows(wrong):
+    with pytest.raises(ValueError, match="windows of 3 or 5"):
+        pooling._native.max_pool(1, 1, 1, 9, 9, 1, *wrong, 1)
+    with pytest.raises(ValueError, match="without memory"):
+        pooling._native.max_pool(0, 0, 1, 9, 9, 1, 3, 2, 0, 1)
 
 
 @pytest.mark.parametrize("setting", ["as it is", "ceil_mode", "return_indices", "kernel 2"])
@@ -302,11 +397,12 @@ def test_an_absorbed_max_pool_is_the_same_object_made_fast(setting):
         assert seen == [1, 1]
 
 
-def test_the_module_imports_nothing_but_torch():
+def test_the_module_imports_nothing_but_torch_and_the_extension():
     code = (
-        "import sys, torch, torch.autograd.forward_ad; before = set(sys.modules);"
-        "import importlib.util as u; s = u.spec_from_file_location('p', sys.argv[1]);"
-        "s.loader.exec_module(u.module_from_spec(s)); print(sorted(set(sys.modules) - before))"
+        "import os, sys, types, torch, torch.autograd.forward_ad;"
+        "package = sys.modules['padfree'] = types.ModuleType('padfree');"
+        "package.__path__ = [os.path.dirname(sys.argv[1])]; before = set(sys.modules);"
+        "import padfree.pooling; print(sorted(set(sys.modules) - before - {'padfree.pooling', 'padfree._maxpool'}))"
     )
     command = [sys.executable, "-c", code, pooling.__file__]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
