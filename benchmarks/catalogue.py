@@ -49,11 +49,12 @@ def _variant(name: str) -> str:
 
 
 def all_sources() -> list[str]:
-    """Every model of timm and torchvision, and bsconv's."""
+    """Every model of timm and torchvision, and bsconv's; not those that others have registered with timm."""
     import timm
     import torchvision
 
-    names = [f"timm:{name}" for name in timm.list_models()]
+    own = (name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("timm."))
+    names = [f"timm:{name}" for name in own]
     names += [f"torchvision:{name}" for name in torchvision.models.list_models()]
     return names + bsconv_sources()
 
