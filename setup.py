@@ -4,11 +4,13 @@ Without a C compiler the installation succeeds and the pools run on torch's oper
 """
 
 import sys
+import sysconfig
 
 from setuptools import Extension, setup
 
 UNIX = ["-O3", "-fno-trapping-math", "-std=c11"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none yet, and goes without
 
 setup(
     ext_modules=[
@@ -17,9 +19,9 @@ setup(
             ["padfree/_maxpool.c"],
             extra_compile_args=[] if sys.platform == "win32" else UNIX + OPENMP,
             extra_link_args=OPENMP,
-            py_limited_api=True,
+            py_limited_api=STABLE_ABI,
             optional=True,
         )
     ],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if STABLE_ABI else {},
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import textwrap
 import types
 import warnings
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ _HINT = "Hint: a network tied to one image size takes dynamic_sides=False (--fix
 _TRACED_BATCH = 2
 _LARGER = (32, 64)  # pixels that the check of free sides adds to height and width
 _AXES = {0: "batch", 2: "height", 3: "width"}
+_LONGEST = 300  # characters of a reason
 _FAINT = 1e-2  # a smaller largest output is taken for this, since what makes it up may be larger
 _TOLERANCE = 1e-3  # of the largest output; the two runtimes round differently, a wrong file is off by about 1
 
@@ -180,8 +182,13 @@ def _small_maps() -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the exporters' warnings and progress lines to themselves; what matters is raised."""
-    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """Keep the exporters' warnings, progress lines and half-made graphs to themselves; what matters is raised."""
+    with (
+        warnings.catch_warnings(),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         yield
 
@@ -296,7 +303,7 @@ def _place(path: str | None) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what started it, without the tracer's advice."""
+    """The first line of what started it, without the tracer's advice; symbolic sizes can make it very long."""
     while (error.__cause__ or error.__context__) is not None:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return f"{type(error).__name__}: {first_line(error)}"
+    return textwrap.shorten(f"{type(error).__name__}: {first_line(error)}", _LONGEST, placeholder=" ...")

@@ -240,3 +240,18 @@ def test_free_sides_that_the_file_does_not_follow_are_an_error(tmp_path):
         to_onnx(model, tmp_path / "free.onnx", (3, 28, 28))
     assert not list(tmp_path.iterdir())
     assert to_onnx(model, tmp_path / "fixed.onnx", (3, 28, 28), dynamic_sides=False).exists()
+
+
+class Chosen(nn.Module):
+    """Keeps the rows that its input selects, and looks at how many there are: no tracer can know."""
+
+    def forward(self, x):
+        kept = x.flatten(1)[x.flatten(1).sum(1) > 0]
+        return kept * 2 if kept.shape[0] > 3 else kept
+
+
+def test_an_export_that_fails_says_so_in_one_short_line_and_prints_nothing(tmp_path, capfd):
+    with pytest.raises(padfree.PadfreeError, match="Chosen cannot be exported at 3x8x8") as caught:
+        to_onnx(Chosen().eval(), tmp_path / "a.onnx", (3, 8, 8), dynamic_sides=False)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert capfd.readouterr() == ("", "")
