@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.clock import interleaved, machine, progress, ratio, title, write
-from padfree import pooling
+from padfree import native, pooling
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 PATHS = ("plain", "channels_last", "separable", "native")
@@ -60,8 +60,8 @@ def measure(
         "plain": lambda: F.max_pool2d(x, *window),
         "separable": lambda: pooling._separable(x, *window),
     }
-    if pooling._native is not None and dtype == "float32":
-        paths["native"] = lambda: pooling._one_pass(x, *window)
+    if native.extension is not None and dtype == "float32":
+        paths["native"] = lambda: native.max_pool(x, *window)
     if layout == "contiguous":
         paths["channels_last"] = lambda: pooling._through_channels_last(x, *window)
     expected = F.max_pool2d(x, *window)
@@ -112,7 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.without_extension:
-        pooling._native = None
+        native.extension = None
     rows = []
     with torch.inference_mode():
         for dtype in arguments.dtypes:

@@ -26,7 +26,7 @@ from torch import nn
 
 from benchmarks.clock import machine, progress, title
 from benchmarks.latency import PAPER, SIDES, build
-from padfree import pooling
+from padfree import native
 
 RUNTIMES = ("eager", "eager channels_last", "onnxruntime")
 _KINDS = {  # what an operator's name begins with, by kind; the first that fits counts
@@ -54,7 +54,7 @@ def kind_of(operator: str) -> str:
 @contextlib.contextmanager
 def _extension_timed() -> Iterator[list[float]]:
     """Seconds of each call of the C extension, which is no operator of torch's and so unseen by its profiler."""
-    quick, calls = pooling._one_pass, list[float]()
+    quick, calls = native.max_pool, list[float]()
 
     def timed(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
         begun = time.perf_counter()
@@ -63,11 +63,11 @@ def _extension_timed() -> Iterator[list[float]]:
         finally:
             calls.append(time.perf_counter() - begun)
 
-    pooling._one_pass = timed
+    native.max_pool = timed
     try:
         yield calls
     finally:
-        pooling._one_pass = quick
+        native.max_pool = quick
 
 
 def eager(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:

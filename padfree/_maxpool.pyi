@@ -1,7 +1,33 @@
-"""The C extension `_maxpool.c`, built where a compiler is at hand; `padfree.pooling` does without it elsewhere."""
+"""The C extension, built where a compiler is at hand; addresses of memory, then sizes. Called by `padfree.native`."""
 
 def max_pool(
     source: int,
+    target: int,
+    planes: int,
+    height: int,
+    width: int,
+    unit: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    threads: int,
+) -> None: ...
+def max_pool_taps(
+    source: int,
+    target: int,
+    taps: int,
+    planes: int,
+    height: int,
+    width: int,
+    unit: int,
+    kernel: int,
+    stride: int,
+    padding: int,
+    threads: int,
+) -> None: ...
+def max_pool_backward(
+    grad: int,
+    taps: int,
     target: int,
     planes: int,
     height: int,

@@ -12,23 +12,20 @@ tensors, tensor subclasses, dispatch modes, other devices) sees the plain operat
 
 The paths (`_choose` picks one; its constants come from `python -m benchmarks.pool`):
 
-    native         float32: the C extension `_maxpool.c`, one pass over the map; absent where no compiler was at hand
+    native         float32: the C extension, one pass over the map; absent where no compiler was at hand
     plain          F.max_pool2d
     channels_last  convert, F.max_pool2d (whose channels_last kernel is vectorised), convert back
     separable      maxima of strided views, rows first, then columns: no indices at all
-    _MaxPool       training: the channels_last kernel's indices, kept as offsets of 8 or 16 bits
+    MaxPool        training: `pooling_training`, which keeps one byte an output
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
-try:
-    from padfree import _maxpool as _native
-except ImportError:
-    _native = None  # type: ignore[assignment]
+from padfree import native
+from padfree.pooling_training import MaxPool, cacheful, out_side, watched
 
 __all__ = ["add_shortcut", "max_pool", "shortcut_pool"]
 
@@ -43,8 +40,6 @@ TINY_WIDTH = 8  # contiguous maps up to this wide are always converted
 SEPARABLE_TAPS = 800_000  # outputs x kernel^2 from which separable maxima win, ...
 SEPARABLE_TAPS_THIN = 400_000  # ... and with fewer channels than the next line's,
 THIN_CHANNELS = 48  # where the built-in, vectorised over channels, is slow
-THREADED_NUMEL = 1 << 16  # elements from which the C extension takes torch's number of threads
-CHUNK_BYTES = 4 << 20  # input worked on at a time, so that it stays in the cache with what is made of it
 
 _LOWEST = float("-inf")
 _FAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -99,7 +94,7 @@ def add_shortcut(y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
 
 
 def _add(y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling() or type(y) is not torch.Tensor or type(pooled) is not torch.Tensor or _watched():
+    if torch.compiler.is_compiling() or type(y) is not torch.Tensor or type(pooled) is not torch.Tensor or watched():
         return y + pooled
     alike = y.dtype is pooled.dtype and y.shape == pooled.shape and y.stride() == pooled.stride()
     return pooled.add_(y) if alike else y + pooled
@@ -107,32 +102,21 @@ def _add(y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
 
 def _pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """Send `x` down its path; whenever somebody else is looking that is the plain operator."""
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or _watched():
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or watched():
         return F.max_pool2d(x, kernel, stride, padding)
     if not _ordinary(x, kernel, padding):
         return F.max_pool2d(x, kernel, stride, padding)
     if x.requires_grad and torch.is_grad_enabled():
-        pooled: torch.Tensor = _MaxPool.apply(x, kernel, stride, padding)
+        pooled: torch.Tensor = MaxPool.apply(x, kernel, stride, padding)
         return pooled
     path = _choose(x, kernel, stride, padding)
     if path == "native":
-        return _one_pass(x, kernel, stride, padding)
+        return native.max_pool(x, kernel, stride, padding)
     if path == "separable":
         return _separable(x, kernel, stride, padding)
     if path == "channels_last":
         return _through_channels_last(x, kernel, stride, padding)
     return F.max_pool2d(x, kernel, stride, padding)
-
-
-def _watched() -> bool:
-    """Whether a tracer, a functional transform, forward-mode AD or a mode sees this call."""
-    return (
-        torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or forward_ad._current_level >= 0
-    )
 
 
 def _ordinary(x: torch.Tensor, kernel: int, padding: int) -> bool:
@@ -152,35 +136,16 @@ def _ordinary(x: torch.Tensor, kernel: int, padding: int) -> bool:
 
 def _choose(x: torch.Tensor, kernel: int, stride: int, padding: int) -> Path:
     """The fastest path for an ordinary map outside training: the one place where that is decided."""
-    plain_memory = not (x.is_neg() or x._is_zerotensor())  # these hold other numbers than their memory, or have none
-    if _native is not None and x.dtype is torch.float32 and kernel in (3, 5) and stride in (1, 2) and plain_memory:
+    if native.takes(x, kernel, stride):
         return "native"
     _, channels, height, width = x.shape
     if x.is_contiguous():
         narrow = width <= TINY_WIDTH or (width <= NARROW_WIDTH and x.numel() <= NARROW_NUMEL)
         return "channels_last" if narrow else "separable"
-    rows, columns = _out_side(height, kernel, stride, padding), _out_side(width, kernel, stride, padding)
+    rows, columns = out_side(height, kernel, stride, padding), out_side(width, kernel, stride, padding)
     taps = x.shape[0] * channels * rows * columns * kernel * kernel
     enough = SEPARABLE_TAPS_THIN if channels < THIN_CHANNELS else SEPARABLE_TAPS
     return "separable" if taps >= enough else "plain"
-
-
-def _one_pass(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-    """Pool a float32 map by the C extension; contiguous or channels_last."""
-    count, channels, height, width = x.shape
-    h, w = _out_side(height, kernel, stride, padding), _out_side(width, kernel, stride, padding)
-    if x.is_contiguous():
-        pooled, planes, unit = x.new_empty((count, channels, h, w)), count * channels, 1
-    else:
-        pooled = torch.empty((count, channels, h, w), dtype=x.dtype, memory_format=torch.channels_last, device="cpu")
-        planes, unit = count, channels
-    threads = torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
-    _native.max_pool(x.data_ptr(), pooled.data_ptr(), planes, height, width, unit, kernel, stride, padding, threads)
-    return pooled
-
-
-def _out_side(side: int, kernel: int, stride: int, padding: int) -> int:
-    return (side + 2 * padding - kernel) // stride + 1
 
 
 def _through_channels_last(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
@@ -191,14 +156,14 @@ def _through_channels_last(x: torch.Tensor, kernel: int, stride: int, padding: i
 def _separable(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """Pool by maxima of strided views, a cacheful of planes at a time; contiguous or channels_last."""
     count, channels, height, width = x.shape
-    h, w = _out_side(height, kernel, stride, padding), _out_side(width, kernel, stride, padding)
+    h, w = out_side(height, kernel, stride, padding), out_side(width, kernel, stride, padding)
     if x.is_contiguous():
         pooled = x.new_empty((count, channels, h, w))
         planes, out = x.view(-1, height, width, 1), pooled.view(-1, h, w, 1)
     else:
         out = x.new_empty((count, h, w, channels))
         planes, pooled = x.permute(0, 2, 3, 1), out.permute(0, 3, 1, 2)
-    step = max(1, CHUNK_BYTES // (planes[0].numel() * x.element_size()))
+    step = cacheful(planes)
     for start in range(0, planes.shape[0], step):
         chunk, target = planes[start : start + step], out[start : start + step]
         rows = _rows_maximum(chunk, kernel, stride, padding, h)
@@ -253,66 +218,3 @@ def _columns_maximum(flat: torch.Tensor, out: torch.Tensor, kernel: int, stride:
         covered *= 2
     shifted = flat.as_strided(out.shape, strides, (kernel - covered) * unit)
     torch.maximum(flat.as_strided(out.shape, strides), shifted, out=out)
-
-
-class _MaxPool(torch.autograd.Function):
-    """Max-pool for training on a CPU: keeps each maximum's offset in its window (1 or 2 bytes an output).
-
-    The built-in keeps the input and 64-bit indices. Indices and gradient are still the built-in's own, so
-    ties and NaN go where it sends them, and the backward pass can itself be differentiated.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-        """(N, C, H, W) -> (N, C, h, w), a cacheful of images at a time."""
-        count, channels, height, width = x.shape
-        h, w = _out_side(height, kernel, stride, padding), _out_side(width, kernel, stride, padding)
-        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        pooled = torch.empty((count, channels, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
-        offsets = torch.empty_like(pooled, dtype=_offset_dtype(kernel, width))
-        origin = _window_origins(h, w, width, stride, padding)
-        step = max(1, CHUNK_BYTES // (x[0].numel() * x.element_size()))
-        for start in range(0, count, step):
-            part = x[start : start + step].contiguous(memory_format=torch.channels_last)
-            values, indices = torch.ops.aten.max_pool2d_with_indices(
-                part, [kernel, kernel], [stride, stride], [padding, padding]
-            )
-            pooled[start : start + step] = values
-            offsets[start : start + step] = indices.sub_(origin)
-        ctx.save_for_backward(offsets)
-        ctx.window, ctx.shape, ctx.layout = (kernel, stride, padding), x.shape, layout
-        return pooled
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scatter (N, C, h, w) to (N, C, H, W) by the built-in's own backward operator."""
-        (grad,) = grads
-        (offsets,) = ctx.saved_tensors
-        kernel, stride, padding = ctx.window
-        h, w = offsets.shape[2:]
-        indices = offsets.to(torch.int64).add_(_window_origins(h, w, ctx.shape[3], stride, padding))
-        # The operator asks the input only for its shape and layout; this stand-in is never read or written.
-        like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
-        scattered = torch.ops.aten.max_pool2d_with_indices_backward(
-            grad.contiguous(memory_format=ctx.layout),
-            like,
-            [kernel, kernel],
-            [stride, stride],
-            [padding, padding],
-            [1, 1],
-            False,
-            indices,
-        )
-        return scattered, None, None, None
-
-
-def _offset_dtype(kernel: int, width: int) -> torch.dtype:
-    """The smallest integer type for row * width + column inside a window."""
-    largest = (kernel - 1) * (width + 1)
-    return torch.uint8 if largest < 1 << 8 else torch.int16 if largest < 1 << 15 else torch.int32
-
-
-def _window_origins(h: int, w: int, width: int, stride: int, padding: int) -> torch.Tensor:
-    """The flat index of each window's first corner, (h, w) int64; negative where it lies in the padding."""
-    rows = torch.arange(h, device="cpu").mul_(stride).sub_(padding).mul_(width)
-    return rows[:, None] + torch.arange(w, device="cpu").mul_(stride).sub_(padding)

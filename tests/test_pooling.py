@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from padfree import pooling
+from padfree import native, pooling, pooling_training
 from padfree.pooling import max_pool, shortcut_pool
 
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 WINDOWS = [(3, 2, 0), (5, 2, 1), (7, 2, 2), (3, 1, 1), (3, 2, 1), (2, 2, 0), (4, 3, 1)]
 NATIVE_WINDOWS = [(3, 2, 0), (5, 2, 1), (3, 1, 1), (3, 2, 1), (5, 1, 2), (5, 2, 0), (5, 2, 2), (3, 1, 0)]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
-native = pytest.mark.skipif(pooling._native is None, reason="the C extension was not built")
+built = pytest.mark.skipif(native.extension is None, reason="the C extension was not built")
 
 
 def some_map(shape, layout=torch.contiguous_format, dtype=torch.float32, levels=None, seed=0):
@@ -61,7 +61,7 @@ def test_every_path_gives_the_builtin_values_and_strides(path, window, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_every_floating_dtype_on_maps_large_enough_for_chunks(dtype, layout, monkeypatch):
-    monkeypatch.setattr(pooling, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(pooling_training, "CHUNK_BYTES", 20_000)
     for window in WINDOWS:
         x = some_map((3, 40, 33, 30), layout, dtype)
         out = max_pool(x, *window)
@@ -99,11 +99,19 @@ def test_any_small_map(shape, window, layout, train, seed):
     assert_close(pooling._separable(x, *window), expected, **EXACT)
 
 
+@pytest.fixture(params=[pytest.param(True, id="extension", marks=built), pytest.param(False, id="torch")])
+def by_extension(request, monkeypatch):
+    """Both ways to train: with the C extension, and as where it was not built."""
+    if not request.param:
+        monkeypatch.setattr(native, "extension", None)
+    return request.param
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("levels", [None, 1, 0], ids=["no ties", "many ties", "all equal"])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_gradients_go_to_the_first_maximum(window, levels, layout, monkeypatch):
-    monkeypatch.setattr(pooling, "CHUNK_BYTES", 5_000)
+def test_gradients_go_to_the_first_maximum(window, levels, layout, by_extension, monkeypatch):
+    monkeypatch.setattr(pooling_training, "CHUNK_BYTES", 5_000)
     x = some_map((3, 5, 14, 17), layout, levels=levels)
     if levels == 1:
         x[x == 0] = torch.where(torch.rand(int((x == 0).sum())) < 0.5, -0.0, 0.0)
@@ -115,6 +123,77 @@ def test_gradients_go_to_the_first_maximum(window, levels, layout, monkeypatch):
         assert_close(mine, builtin, **EXACT)
 
 
+def first_order(pool, x, weight):
+    """Output and gradient of sum(weight * pool(x)) as training computes them."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = pool(x)
+    out.backward(weight)
+    return out.detach(), x.grad
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(5, 40), st.integers(5, 70)),
+    window=st.sampled_from(NATIVE_WINDOWS),
+    layout=st.sampled_from(LAYOUTS),
+    levels=st.sampled_from([None, 2]),
+    seed=st.integers(0, 99),
+)
+def test_a_training_step_on_any_map(shape, window, layout, levels, seed):
+    x = some_map(shape, layout, levels=levels, seed=seed)
+    pick = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    x[pick < 0.1] = math.nan
+    x[pick > 0.7] = -math.inf
+    weight = some_map(F.max_pool2d(x, *window).shape, LAYOUTS[seed % 2], seed=seed + 1)
+    ours = first_order(lambda x: max_pool(x, *window), x, weight)
+    theirs = first_order(lambda x: F.max_pool2d(x, *window), x, weight)
+    for mine, builtin in zip(ours, theirs, strict=True):
+        assert_close(mine, builtin, **EXACT)
+        assert mine.stride() == builtin.stride()
+
+
+@built
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_training_step_on_several_threads(layout, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = some_map((5, 37, 41, 33), layout, levels=3)
+        assert x.numel() > native.THREADED_NUMEL
+        for window in NATIVE_WINDOWS:
+            weight = some_map(F.max_pool2d(x, *window).shape, layout, seed=1)
+            ours = first_order(lambda x, window=window: max_pool(x, *window), x, weight)
+            theirs = first_order(lambda x, window=window: F.max_pool2d(x, *window), x, weight)
+            assert_close(ours, theirs, **EXACT)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("looked_on", ["batched", "flops", "sums", "replaced"])
+def test_a_backward_pass_that_is_looked_on_is_the_builtins(looked_on, by_extension):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def step(pool):
+        x = some_map((2, 4, 13, 17), levels=2).requires_grad_()
+        if looked_on == "replaced":  # hooks that keep what is saved in another form
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: t.short() if t.dtype is torch.uint8 else t, lambda t: t
+            ):
+                out = pool(x)
+        else:
+            out = pool(x)
+        weight = some_map((3, *out.shape), seed=1)
+        if looked_on == "batched":
+            return torch.autograd.grad(out, x, weight, is_grads_batched=True)[0]
+        if looked_on == "sums":  # an expanded gradient, without memory of its own
+            return torch.autograd.grad(out.sum(), x)[0]
+        with FlopCounterMode(display=False):
+            return torch.autograd.grad(out, x, weight[0])[0]
+
+    assert_close(step(lambda x: max_pool(x, 3, 2, 1)), step(lambda x: F.max_pool2d(x, 3, 2, 1)), **EXACT)
+
+
 def test_the_first_of_equal_maxima_takes_the_whole_gradient():
     x = torch.zeros(1, 2, 3, 3).requires_grad_()
     shortcut_pool(x).sum().backward()
@@ -123,16 +202,17 @@ def test_the_first_of_equal_maxima_takes_the_whole_gradient():
     assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("width, bytes_an_output", [(126, 1), (127, 2)])
-def test_training_keeps_one_or_two_bytes_an_output(width, bytes_an_output):
+@pytest.mark.parametrize("kernel, width, with_extension, without", [(3, 126, 1, 1), (3, 127, 1, 2), (17, 40, 2, 2)])
+def test_training_keeps_one_or_two_bytes_an_output(kernel, width, with_extension, without, by_extension):
+    bytes_an_output = with_extension if by_extension else without
     kept = []
-    x = some_map((1, 2, 9, width)).requires_grad_()
+    x = some_map((1, 2, 20, width)).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = shortcut_pool(x)
+        out = shortcut_pool(x, kernel)
     assert [t.numel() * t.element_size() for t in kept] == [out.numel() * bytes_an_output]
     out.sum().backward()
     twin = x.detach().clone().requires_grad_()
-    F.max_pool2d(twin, 3, 2).sum().backward()
+    F.max_pool2d(twin, kernel, 2).sum().backward()
     assert_close(x.grad, twin.grad, **EXACT)
 
 
@@ -275,7 +355,7 @@ def test_inference_mode_and_no_grad_on_a_leaf_that_requires_grad():
 
 
 def test_the_choice_is_what_was_measured_without_the_extension(monkeypatch):
-    monkeypatch.setattr(pooling, "_native", None)
+    monkeypatch.setattr(native, "extension", None)
     choices = {
         (1, 64, 112, 112): ("separable", "separable"),
         (1, 672, 4, 4): ("channels_last", "plain"),
@@ -287,7 +367,7 @@ def test_the_choice_is_what_was_measured_without_the_extension(monkeypatch):
         assert chosen == expected, shape
 
 
-@native
+@built
 def test_the_extension_takes_the_float32_maps_that_it_knows():
     x = some_map((1, 64, 40, 40))
     assert pooling._choose(x, 3, 2, 0) == pooling._choose(x, 5, 2, 1) == pooling._choose(x, 3, 1, 1) == "native"
@@ -303,26 +383,26 @@ def test_the_extension_takes_the_float32_maps_that_it_knows():
     assert nothing._is_zerotensor() and pooling._choose(nothing, 3, 2, 0) != "native"
 
 
-@native
+@built
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", NATIVE_WINDOWS)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_extension_gives_the_builtin_values_and_strides(window, layout, threads, monkeypatch):
-    monkeypatch.setattr(pooling, "THREADED_NUMEL", 0)
+    monkeypatch.setattr(native, "THREADED_NUMEL", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for shape in itertools.product((1, 3), (2, 17, 64), (5, 8, 33), (5, 16, 21, 47)):
             x = some_map(shape, layout, seed=shape[3])
             x[:, 1, 3, 4] = math.nan
-            out, expected = pooling._one_pass(x, *window), F.max_pool2d(x, *window)
+            out, expected = native.max_pool(x, *window), F.max_pool2d(x, *window)
             assert_close(out, expected, **EXACT)
             assert out.stride() == expected.stride()
     finally:
         torch.set_num_threads(before)
 
 
-@native
+@built
 @settings(max_examples=150, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(5, 40), st.integers(5, 70)),
@@ -335,10 +415,10 @@ def test_the_extension_on_any_map(shape, window, layout, seed):
     pick = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     x[pick < 0.1] = math.nan
     x[pick > 0.8] = -math.inf
-    assert_close(pooling._one_pass(x, *window), F.max_pool2d(x, *window), **EXACT)
+    assert_close(native.max_pool(x, *window), F.max_pool2d(x, *window), **EXACT)
 
 
-@native
+@built
 @pytest.mark.skipif(sys.platform != "linux", reason="guards memory by mprotect")
 def test_the_extension_stays_inside_its_maps():
     """Every map ends at, and then begins after, a page that must not be touched; a step outside kills the process."""
@@ -346,7 +426,7 @@ def test_the_extension_stays_inside_its_maps():
 import ctypes, itertools, mmap
 import torch
 import torch.nn.functional as F
-from padfree import pooling
+from padfree import native
 page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 area = mmap.mmap(-1, size + 2 * page)
@@ -361,7 +441,16 @@ for n, c, h, w in itertools.product((1, 2), (1, 3, 16), (5, 6, 9), (5, 7, 16, 17
         flat = inside[begin : begin + n * c * h * w].copy_(torch.randn(n * c * h * w))
         for x in (flat.view(n, c, h, w), flat.view(n, h, w, c).permute(0, 3, 1, 2)):
             for window in windows:
-                assert torch.equal(pooling._one_pass(x, *window), F.max_pool2d(x, *window))
+                expected, where = F.max_pool2d(x, *window, return_indices=True)
+                pooled, taps = native.max_pool_taps(x, *window)
+                assert torch.equal(native.max_pool(x, *window), expected) and torch.equal(pooled, expected)
+                back = native.max_pool_backward(pooled, taps, torch.empty_like(x), *window)
+                builtin = torch.ops.aten.max_pool2d_with_indices_backward
+                sides = [[side, side] for side in window]
+                assert torch.equal(back, builtin(pooled, x, *sides, [1, 1], False, where))
+                # and into guarded memory
+                assert torch.equal(native.max_pool_backward(pooled, taps, x, *window), back)
+                x.copy_(torch.randn(x.shape))
                 count += 1
 print(count)
 """
@@ -370,13 +459,18 @@ print(count)
     assert int(run.stdout) == 1800
 
 
-@native
+@built
 @pytest.mark.parametrize("wrong", [(7, 2, 0), (3, 3, 0), (3, 2, 2), (3, 2, -1)])
 def test_the_extension_refuses_other_windows(wrong):
     with pytest.raises(ValueError, match="windows of 3 or 5"):
-        pooling._native.max_pool(1, 1, 1, 9, 9, 1, *wrong, 1)
+        native.extension.max_pool(1, 1, 1, 9, 9, 1, *wrong, 1)
     with pytest.raises(ValueError, match="without memory"):
-        pooling._native.max_pool(0, 0, 1, 9, 9, 1, 3, 2, 0, 1)
+        native.extension.max_pool(0, 0, 1, 9, 9, 1, 3, 2, 0, 1)
+    for function in (native.extension.max_pool_taps, native.extension.max_pool_backward):
+        with pytest.raises(ValueError, match="windows of 3 or 5"):
+            function(1, 1, 1, 1, 9, 9, 1, *wrong, 1)
+        with pytest.raises(ValueError, match="without memory"):
+            function(1, 1, 0, 1, 9, 9, 1, 3, 2, 0, 1)
 
 
 @pytest.mark.parametrize("setting", ["as it is", "ceil_mode", "return_indices", "kernel 2"])
@@ -402,7 +496,8 @@ def test_the_module_imports_nothing_but_torch_and_the_extension():
         "import os, sys, types, torch, torch.autograd.forward_ad;"
         "package = sys.modules['padfree'] = types.ModuleType('padfree');"
         "package.__path__ = [os.path.dirname(sys.argv[1])]; before = set(sys.modules);"
-        "import padfree.pooling; print(sorted(set(sys.modules) - before - {'padfree.pooling', 'padfree._maxpool'}))"
+        "allowed = {'padfree.' + name for name in ('pooling', 'pooling_training', 'native', '_maxpool')};"
+        "import padfree.pooling; print(sorted(set(sys.modules) - before - allowed))"
     )
     command = [sys.executable, "-c", code, pooling.__file__]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"

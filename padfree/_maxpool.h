@@ -1,0 +1,30 @@
+/* What the two halves of the extension share: the shape of a pool, and how torch compares. */
+#ifndef PADFREE_MAXPOOL_H
+#define PADFREE_MAXPOOL_H
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030a0000
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define FOR_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FOR_EVERY_CPU
+#endif
+
+typedef Py_ssize_t size;
+typedef struct { /* lengths in elements; rows and columns are those of the result */
+    size planes, height, width, unit, kernel, stride, padding, rows, columns;
+} shape;
+
+/* Whether `b`, which comes later in a window, takes the place of `a`: a larger one does, and so does NaN. */
+static inline int takes(float b, float a) { return (b > a) | (b != b); }
+
+int complete(shape *shape); /* fills rows and columns; 0 with an exception set where the window is not one of ours */
+PyObject *max_pool_taps(PyObject *self, PyObject *args);
+PyObject *max_pool_backward(PyObject *self, PyObject *args);
+
+#endif

@@ -1,0 +1,63 @@
+"""The C extension on tensors: float32 max-pools of 3x3 and 5x5 windows, with or without what training keeps.
+
+It is built where the installation finds a C compiler; `extension` is None elsewhere, and `padfree.pooling` does
+without it. A map is (N, C, H, W), dense, contiguous or channels_last but not both.
+"""
+
+import torch
+
+try:
+    from padfree import _maxpool as extension
+except ImportError:
+    extension = None  # type: ignore[assignment]
+
+__all__ = ["extension", "max_pool", "max_pool_backward", "max_pool_taps", "takes"]
+
+THREADED_NUMEL = 1 << 16  # elements of a map from which torch's number of threads is taken
+
+
+def takes(x: torch.Tensor, kernel: int, stride: int) -> bool:
+    """Whether this map can be pooled here: its type, its windows, and that its memory holds its numbers."""
+    plain_memory = not (x.is_neg() or x._is_zerotensor())  # else they are another sign's, or there is none
+    return extension is not None and x.dtype is torch.float32 and kernel in (3, 5) and stride in (1, 2) and plain_memory
+
+
+def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """The maxima: (N, C, H, W) -> (N, C, h, w) in the same layout."""
+    pooled = _result(x, kernel, stride, padding, x.dtype)
+    extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x))
+    return pooled
+
+
+def max_pool_taps(x: torch.Tensor, kernel: int, stride: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maxima, and the place of each in its window, row * kernel + column: both (N, C, h, w), the second uint8."""
+    pooled, taps = (_result(x, kernel, stride, padding, dtype) for dtype in (x.dtype, torch.uint8))
+    addresses = x.data_ptr(), pooled.data_ptr(), taps.data_ptr()
+    extension.max_pool_taps(*addresses, *_sizes(x), kernel, stride, padding, _threads(x))
+    return pooled, taps
+
+
+def max_pool_backward(
+    grad: torch.Tensor, taps: torch.Tensor, out: torch.Tensor, kernel: int, stride: int, padding: int
+) -> torch.Tensor:
+    """Send (N, C, h, w) back to where the taps say: into `out`, (N, C, H, W) of the same layout, which is returned."""
+    addresses = grad.data_ptr(), taps.data_ptr(), out.data_ptr()
+    extension.max_pool_backward(*addresses, *_sizes(out), kernel, stride, padding, _threads(out))
+    return out
+
+
+def _result(x: torch.Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
+    count, channels, height, width = x.shape
+    sides = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return torch.empty((count, channels, *sides), dtype=dtype, memory_format=layout, device="cpu")
+
+
+def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Planes, height, width and how many values lie beside each other in a plane."""
+    count, channels, height, width = x.shape
+    return (count * channels, height, width, 1) if x.is_contiguous() else (count, height, width, channels)
+
+
+def _threads(x: torch.Tensor) -> int:
+    return torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
