@@ -25,6 +25,7 @@ from padfree.rule import rules as get_rules
 from padfree.settle import Trials
 from padfree.sites import Sites
 from padfree.skeleton import full_copy, kept_random_state
+from padfree.state import kept_globals
 from padfree.types import Match, Options, PlanData
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
@@ -43,10 +44,12 @@ class Plan(PlanData):
         check_model(model)
         if self.earlier is not None:
             model, inplace = Plan(**vars(self.earlier)).apply(model, inplace=inplace), True
-        with _one_at_a_time, kept_random_state():
+        with _one_at_a_time, kept_random_state(), kept_globals(model):
             sites = Sites(Flow(record(model, self.input_size)))
             groups, trials = _refind(self, sites)
-            operations = trials.operations(groups)
+            operations, why = trials.attempt(groups)
+        if operations is None:
+            raise PlanError(f"the plan for {self.model} cannot be carried out on this {type(model).__name__}: {why}")
         return _finish(model, operations, self, inplace)
 
 
@@ -164,7 +167,7 @@ def _plan(
         raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
     selected = get_rules(rule_names)
     everything = tuple(dict.fromkeys((*selected, *get_rules())))
-    with _one_at_a_time, kept_random_state():
+    with _one_at_a_time, kept_random_state(), kept_globals(model):
         sites = Sites(Flow(record(model, input_size)))
         groups, skips = find(sites, everything, selected, options, include, exclude)
         trials = Trials(sites, options, selected)

@@ -6,6 +6,7 @@ original forward issues: equal streams mean equal values, gradients and buffers.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from dataclasses import dataclass, replace
@@ -13,10 +14,22 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from padfree.errors import Refusal
 from padfree.record import Call, Recording
-from padfree.recorder import Op, Recorder, Value, collect, containers_copied, first_line, freeze, geometry_key, storage
+from padfree.recorder import (
+    Op,
+    Recorder,
+    Value,
+    collect,
+    containers_copied,
+    first_line,
+    freeze,
+    geometry_key,
+    repeat_batch,
+    storage,
+)
 
 
 def bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -48,6 +61,7 @@ class _Stream:
     values: list[Value]
     ops: list[Op]
     left: tuple[Any, ...]
+    result: Any
 
 
 class _LinkingInterpreter(fx.Interpreter):
@@ -80,7 +94,7 @@ def link(
     for training in (True, False):
         _set_training(module, training)
         try:
-            arguments = _repeat_batch(call.arguments) if training else call.arguments
+            arguments = repeat_batch(call.arguments) if training else call.arguments
             original = _run_original(module, arguments, names)
             traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
             if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
@@ -93,6 +107,11 @@ def link(
             raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
         finally:
             _set_training(module, False)
+        if original.result != traced.result:
+            raise Refusal(
+                f"the forward of {where} returns {_named(original.result)}, and a generated one would return "
+                f"{_named(traced.result)}"
+            )
         alike = [op.kind for op in original.ops] == [op.kind for op in traced.ops]
         if alike and [op.grad for op in original.ops] != [op.grad for op in traced.ops]:
             raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
@@ -146,7 +165,7 @@ def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool
     """Whether the original itself cannot run in train mode on the recorded shapes."""
     _set_training(module, True)
     try:
-        _run_original(module, _repeat_batch(call.arguments), names)
+        _run_original(module, repeat_batch(call.arguments), names)
     except Exception:
         return True
     finally:
@@ -158,9 +177,9 @@ def _run_original(module: nn.Module, arguments: Any, names: dict[int, str]) -> _
     recorder = _recorder(arguments, names)
     args, kwargs = arguments = containers_copied(arguments)
     with torch.random.fork_rng(devices=[]), recorder:
-        type(module).forward(module, *args, **kwargs)
+        result = type(module).forward(module, *args, **kwargs)
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-    return _Stream(recorder.values, recorder.ops, _left_in(list(bound.values())[1:], recorder))
+    return _Stream(recorder.values, recorder.ops, _left_in(list(bound.values())[1:], recorder), _containers(result))
 
 
 def _run_graph(
@@ -171,8 +190,26 @@ def _run_graph(
     values = list(bind(module, replaced, where).values())
     interpreter = _LinkingInterpreter(module, graph, recorder)
     with torch.random.fork_rng(devices=[]), recorder:
-        interpreter.run(*values, enable_io_processing=False)
-    return _Stream(recorder.values, recorder.ops, _left_in(values, recorder)), interpreter
+        result = interpreter.run(*values, enable_io_processing=False)
+    return _Stream(recorder.values, recorder.ops, _left_in(values, recorder), _containers(result)), interpreter
+
+
+def _containers(tree: Any) -> Any:
+    """The types of nested containers in a result, with their keys; what they hold is compared as values."""
+    kind = _PLAIN.get(type(tree), type(tree))
+    if isinstance(tree, dict):
+        return (kind, tuple((key, _containers(item)) for key, item in tree.items()))
+    if isinstance(tree, (list, tuple)):
+        return (kind, tuple(_containers(item) for item in tree))
+    return kind if dataclasses.is_dataclass(tree) else None
+
+
+_PLAIN: dict[type, type] = {immutable_dict: dict, immutable_list: list}  # what an interpreter makes of them
+
+
+def _named(containers: Any) -> str:
+    kind = containers[0] if isinstance(containers, tuple) else containers
+    return "another nesting" if kind is None else f"a {kind.__name__}"
 
 
 def _left_in(values: list[Any], recorder: Recorder) -> tuple[Any, ...]:
@@ -194,18 +231,6 @@ def _value_table(call: Call, recorded: tuple[Op, ...], local: list[Op]) -> dict[
     for ours, theirs in zip(local, recorded, strict=True):
         table.update(zip(ours.outputs, theirs.outputs, strict=True))
     return table
-
-
-def _repeat_batch(tree: Any) -> Any:
-    """The arguments with batches of one doubled: batch norms in train mode need two values a channel."""
-    if isinstance(tree, torch.Tensor):
-        alone = tree.dim() > 1 and tree.shape[0] == 1
-        return tree.expand(2, *tree.shape[1:]).clone() if alone else tree
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_repeat_batch(item) for item in tree)
-    if isinstance(tree, dict):
-        return {key: _repeat_batch(item) for key, item in tree.items()}
-    return tree
 
 
 def _set_training(module: nn.Module, training: bool) -> None:

@@ -172,7 +172,7 @@ def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:
             sizes[domain] = size
             if op.kind != "convolution" and not (op.kind.startswith(("max_pool2d", "avg_pool2d"))):
                 continue
-            before = sizes.get(flow.domain(data_input(op)))
+            before = sizes.get(flow.domain(sites.read_by(op)))
             if before is not None:
                 sizes[domain] = _after(sites, op, before, size, domain in converted)
     return sizes
@@ -182,7 +182,7 @@ def _after(sites: Sites, op: Op, before: tuple[int, int], size: tuple[int, int],
     if converted:
         return (padfree_size(before[0]), padfree_size(before[1]))
     stride = _strides(op)[0]
-    old = sites.flow.size(data_input(op))
+    old = sites.flow.size(sites.read_by(op))
     shrunk = [new - was for new, was in zip(before, old, strict=True)]
     # an unconverted operation of stride s shrinks by what its input lost, in whole strides
     return (size[0] + -((-shrunk[0]) // stride), size[1] + -((-shrunk[1]) // stride))
@@ -194,7 +194,7 @@ def with_sizes(groups: list[Group], sizes: Sizes, sites: Sites) -> tuple[Match, 
     for group in groups:
         for match in group.matches:
             op = sites.flow.ops[match.detail["op"]]
-            source = sizes.get(sites.flow.domain(data_input(op)), match.size)
+            source = sizes.get(sites.flow.domain(sites.read_by(op)), match.size)
             if match.rule == "stem":
                 matches.append(match)
             else:

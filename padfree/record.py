@@ -173,7 +173,7 @@ def check_input_size(size: Any) -> tuple[int, ...]:
         checked = tuple(int(side) for side in size)
         if len(checked) not in (3, 4) or min(checked) < 1 or any(a != b for a, b in zip(checked, size, strict=True)):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PadfreeError(f"input_size is {size!r}; it takes (C, H, W), three positive integers") from None
     return checked
 

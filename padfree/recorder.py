@@ -181,6 +181,18 @@ def containers_copied(tree: Any) -> Any:
     return tree
 
 
+def repeat_batch(tree: Any) -> Any:
+    """The arguments with batches of one doubled: batch norms in train mode need two values a channel."""
+    if isinstance(tree, torch.Tensor):
+        alone = tree.dim() > 1 and tree.shape[0] == 1
+        return tree.expand(2, *tree.shape[1:]).clone() if alone else tree
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(repeat_batch(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: repeat_batch(item) for key, item in tree.items()}
+    return tree
+
+
 def freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
     """Nested arguments as nested tuples, tensors as `Ref`."""
     if isinstance(tree, torch.Tensor):

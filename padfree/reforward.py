@@ -89,9 +89,11 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
         names: its globals, by module and qualified name.
         locked: plain state that `source` was traced with; changing it raises `LockedStateError`.
     """
-    found = _CLASSES.get((base, source, names, repr(locked)))
+    # the same name may mean another function by now: notebooks define their helpers again and again
+    key = (base, source, names, repr(locked), tuple(id(_resolve(module, name)) for _, module, name in names))
+    found = _CLASSES.get(key)
     if found is None:
-        found = _CLASSES[(base, source, names, repr(locked))] = _new_class(base, source, names, locked)
+        found = _CLASSES[key] = _new_class(base, source, names, locked)
     return found
 
 
@@ -210,10 +212,14 @@ def _sequential_members(base: type[nn.Module]) -> dict[str, Any]:
                 "a slice of a converted Sequential would lose its padding-free shortcut; slice the original, "
                 "or call the parts by index"
             )
-        child: nn.Module = shown(self)[index]
+        numbered = isinstance(index, int) or hasattr(index, "__index__")
+        child: nn.Module = shown(self)[index] if numbered else base.__getitem__(self, index)  # type: ignore[index]
         return child
 
-    members: dict[str, Any] = {"__len__": __len__, "__iter__": __iter__, "__getitem__": __getitem__}
+    members: dict[str, Any] = {"__getitem__": __getitem__}
+    for member in (__len__, __iter__):
+        if getattr(base, member.__name__) is getattr(nn.Sequential, member.__name__):  # else the user's own stays
+            members[member.__name__] = member
     for name in (
         "append",
         "insert",

@@ -94,6 +94,14 @@ class Sites:
         """The convolutions that read the network's input (through a data norm or pad)."""
         return tuple(conv for conv in self.convs.values() if self.flow.from_input(conv.source))
 
+    def read_by(self, op: Op) -> int:
+        """The map that a convolution or pool reads, before a pad that only it reads."""
+        if op.index in self.convs:
+            return self.convs[op.index].source
+        source = data_input(op)
+        pad = self.flow.producer(source)
+        return data_input(pad) if pad is not None and pad.kind == "constant_pad_nd" else source
+
     def conv_making(self, value: int) -> Conv | None:
         """The convolution that made `value`."""
         producer = self.flow.producer(value)

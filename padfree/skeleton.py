@@ -98,6 +98,13 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             "padfree works on a copy. "
             "Hint: keep open files, generators and locks out of the model"
         ) from error
+    own = set(map(id, model.modules()))
+    shared = next((name for name, module in duplicate.named_modules() if id(module) in own), None)
+    if shared is not None:
+        raise PadfreeError(
+            f"copying {type(model).__name__} gives `{shared}` itself again (its __deepcopy__ says so), and padfree "
+            "works on a copy. Hint: convert a model without it, or let __deepcopy__ copy"
+        )
     copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
     for module in duplicate.modules():
         for name, value in list(module.__dict__.items()):

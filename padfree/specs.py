@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from padfree.layers import DepthwiseReduction, LastChannelNorm, PoolProjection, StemTail, act_like, norm_like
 
-FUNCTIONS: dict[str, type[nn.Module]] = {
+
+def _elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> nn.Module:
+    return nn.ELU(alpha) if scale == input_scale == 1 else nn.SELU()
+
+
+def _hardtanh(low: float = -1.0, high: float = 1.0) -> nn.Module:
+    return nn.ReLU6() if (low, high) == (0, 6) else nn.Hardtanh(low, high)
+
+
+FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
     "hardswish": nn.Hardswish,
     "gelu": nn.GELU,
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
-    "elu": nn.ELU,
+    "elu": _elu,
     "leaky_relu": nn.LeakyReLU,
-    "hardtanh": nn.ReLU6,
+    "hardtanh": _hardtanh,
     "mish": nn.Mish,
     "selu": nn.SELU,
 }
-"""Modules for activations that a model calls as functions, by ATen name."""
+"""Modules for activations that a model calls as functions, by ATen name; they take the operation's own settings."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,8 @@ class Spec:
     Attributes:
         kind: "pool_projection", "depthwise_reduction", "dense_reduction", "norm" or "stem_tail".
         channels: C_in and C_out. kernel, padding: of the pool. stride: of a stem tail.
-        norm, act: paths of the modules copied ("" for none); `function` names an activation called as one.
+        norm, act: paths of the modules copied ("" for none); `function` names an activation called as one, with
+            `settings`.
         reference: path of the module whose weight gives device and dtype.
         absorbs, residual, preact: see `StemTail`.
         norm_last: the copied norm reads (N, H, W, C).
@@ -47,6 +59,7 @@ class Spec:
     norm: str = ""
     act: str = ""
     function: str = ""
+    settings: tuple[Any, ...] = ()
     absorbs: bool = False
     residual: bool = False
     preact: bool = False
@@ -95,7 +108,7 @@ class Spec:
         if self.act:
             inplace = bool(self.norm) or not self.preact
             return act_like(model.get_submodule(self.act), inplace=inplace)
-        return FUNCTIONS[self.function]() if self.function else None
+        return FUNCTIONS[self.function](*self.settings) if self.function else None
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

@@ -6,27 +6,18 @@ What a forward reads is baked into its graph, so it becomes *locked*; what it wr
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict, defaultdict, deque
 from typing import Any
 
-import torch
 from torch import nn
 
 from padfree.reforward import quiet_subclass
+from padfree.state import SIMPLE, Watch
 
 Locked = tuple[tuple[str, Any], ...]
 
 
-_SIMPLE = (bool, int, float, str, type(None))
-
-
 _OPAQUE = "<object>"
-
-
 _ABSENT = "<absent>"
-
-
-_CONTAINERS = (list, dict, set, OrderedDict, defaultdict, deque)
 
 
 class Spy:
@@ -81,15 +72,10 @@ class Spy:
         for name in ("_modules", "_parameters", "_buffers"):
             state[name] = state[name].copy()
         state["training"] = training
-        plain = nn.Module().__dict__
-        self.held = {name: value for name, value in state.items() if name not in plain and _has_state(value)}
-        self.snapshots = {name: _snapshot(value) for name, value in self.held.items()}
-        object.__getattribute__(stand_in, "__dict__").update(state)
+        own: dict[str, Any] = object.__getattribute__(stand_in, "__dict__")
+        own.update(state)
+        self.watch = Watch(self.module, own)
         return stand_in
-
-    def changed(self) -> list[str]:
-        """Attributes whose containers or objects the forward wrote into."""
-        return [name for name, value in self.held.items() if not _alike(_snapshot(value), self.snapshots[name])]
 
     def locked(self) -> Locked:
         """What the forward read, as (name, value); values that do not compare simply are opaque."""
@@ -100,37 +86,11 @@ def _is_class_state(base: type[nn.Module], name: str) -> bool:
     """Whether `name` is a plain value, or a slot, of a user's class: an instance could be given its own."""
     if hasattr(nn.Module, name):
         return False
-    value = inspect.getattr_static(base, name, _SIMPLE)
-    return value is not _SIMPLE and (inspect.ismemberdescriptor(value) or not hasattr(type(value), "__get__"))
-
-
-def _has_state(value: Any) -> bool:
-    """Whether a forward could write into `value` unseen: a container, or an object of a user's class."""
-    if type(value) in _CONTAINERS:
-        return True
-    known = isinstance(value, (torch.Tensor, nn.Module, type, *_SIMPLE[:-1])) or callable(value)
-    return not known and isinstance(getattr(value, "__dict__", None), dict)
-
-
-def _snapshot(value: Any, depth: int = 3) -> Any:
-    """Containers (and attributes of objects) as nested tuples, whose leaves compare by identity."""
-    if depth and type(value) in _CONTAINERS:
-        items = list(value.items()) if isinstance(value, dict) else list(value)
-        return tuple(_snapshot(item, depth - 1) for item in items)
-    if depth and type(value) is tuple:
-        return tuple(_snapshot(item, depth) for item in value)
-    if depth and _has_state(value):
-        return tuple((name, _snapshot(item, depth - 1)) for name, item in vars(value).items())
-    return value
-
-
-def _alike(a: Any, b: Any) -> bool:
-    if type(a) is tuple and type(b) is tuple:
-        return len(a) == len(b) and all(map(_alike, a, b))
-    return a is b
+    value = inspect.getattr_static(base, name, SIMPLE)
+    return value is not SIMPLE and (inspect.ismemberdescriptor(value) or not hasattr(type(value), "__get__"))
 
 
 def _is_simple(value: Any) -> bool:
     if isinstance(value, tuple):
         return type(value) is tuple and all(_is_simple(item) for item in value)
-    return type(value) in _SIMPLE
+    return type(value) in SIMPLE

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from padfree.errors import Refusal
-from padfree.kinds import AVG_POOLS
+from padfree.kinds import AVG_POOLS, data_input
 from padfree.leaves import plain_forward
 from padfree.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
 from padfree.pooling import add_shortcut, shortcut_pool
@@ -176,7 +176,11 @@ class Surgeon:
         edit = self._block(path)
         node = edit.anchor(op)
         function = F.avg_pool2d if recorded.kind in AVG_POOLS else F.max_pool2d
-        edit.substitute(node, lambda old, at: edit.call(at, function, old.args[0], 3, 2, 0))
+        called = getattr(node.target, "__name__", str(node.target))
+        if called != function.__name__ or node.kwargs.get("divisor_override") or len(node.args) > 6:
+            raise Refusal(f"`{path}` pools by {called}, with settings or sums of its own that a 3x3 window would lose")
+        source = edit.node(data_input(recorded))
+        edit.substitute(node, lambda old, at: edit.call(at, function, source, 3, 2, 0))
         edit.drop(node)
 
     def shortcut(  # noqa: D102

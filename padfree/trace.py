@@ -9,10 +9,13 @@ original forward issues: equal streams mean equal values, gradients and buffers.
 
 from __future__ import annotations
 
+import enum
 import inspect
 import random
 import sys
 import threading
+import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,6 +122,8 @@ class BlockTracer(fx.Tracer):
             value = self.arguments[parameter.name]
             if parameter.kind is parameter.KEYWORD_ONLY:
                 by_name.append(parameter.name)
+            if isinstance(value, enum.Enum):
+                raise Refusal(f"it takes the enum member {value!r}, which a generated forward cannot compare with")
             if value is None or isinstance(value, (bool, str)):
                 self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
                 args.append(value)
@@ -138,9 +143,16 @@ class BlockTracer(fx.Tracer):
                 if len(after) != len(old) or any(a is not b for a, b in zip(after, old, strict=True)):
                     self.create_proxy("call_function", refill, (proxy, list(after)), {})
                     result = _instead(result, after, proxy)
-            return result
+            return self._ordered(result)
 
         return forward, args
+
+    def _ordered(self, tree: Any) -> Any:
+        """A result whose ordered dictionaries stay what they are: torch.fx would make them plain ones."""
+        if type(tree) is OrderedDict:
+            pairs = [(key, self._ordered(item)) for key, item in tree.items()]
+            return self.create_proxy("call_function", OrderedDict, (pairs,), {})
+        return type(tree)(map(self._ordered, tree)) if type(tree) in (list, tuple) else tree
 
 
 def _instead(tree: Any, old: list[Any], new: Any) -> Any:
@@ -179,7 +191,8 @@ def expect_length(found: Any, expected: int, name: str) -> None:
 def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for _ in range(_TRIES):
         chance = _random_states()
-        graph = _trace_once(spy, call, training, where)
+        with _mode(spy.module, training):
+            graph = _trace_once(spy, call, training, where)
         if _random_states() == chance:
             return graph
     raise Refusal(f"the forward of {where} draws random numbers of its own")
@@ -193,27 +206,42 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
         tracer.arguments = bind(stand_in, call, where)
         spy.writes.clear()
         try:
-            with _counting_autocasts() as autocasts, _Draws() as draws:
+            with _noting_unseen() as unseen, _Draws() as draws:
                 graph = tracer.trace(stand_in)
             break
         except Exception as error:
             failure = failure or error
+            spy.watch.changed()
     else:
         assert failure is not None
         raise Refusal(
             f"the forward of {where} cannot be traced: {type(failure).__name__}: {first_line(failure)}"
         ) from failure
-    if autocasts:
-        raise Refusal(f"the forward of {where} switches autocast on or off, which a generated forward would lose")
+    if unseen:
+        raise Refusal(f"the forward of {where} {unseen[0]}, which a generated forward would lose")
     if draws.seen:
         raise Refusal(f"the forward of {where} draws random numbers of its own")
-    if changed := spy.changed():
-        raise Refusal(f"the forward of {where} writes into its own attribute `{changed[0]}`")
     if writes := sorted(name for name in spy.writes if not name.startswith("_tensor_constant")):
         raise Refusal(f"the forward of {where} writes its own attribute `{writes[0]}`")
+    if changed := spy.watch.changed():
+        raise Refusal(f"the forward of {where} writes into {changed[0]}")
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
+
+
+@contextmanager
+def _mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """The children in this mode, which a forward may read or set."""
+    children = list(module.modules())[1:]
+    before = [child.training for child in children]
+    for child in children:
+        child.training = training
+    try:
+        yield
+    finally:
+        for child, mode in zip(children, before, strict=True):
+            child.training = mode
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:
@@ -223,23 +251,37 @@ def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:
     return tuple(function for function in functions if not str(function.__module__).startswith("torch."))
 
 
+_UNSEEN = (  # what operations on meta tensors show no trace of, and a generated forward would lose
+    (torch.autocast, "__enter__", "switches autocast on or off"),
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "decides what is kept for the backward pass"),
+    (torch.autograd.Function, "apply", "calls an autograd function, whose backward is its own"),
+)
+
+
 @contextmanager
-def _counting_autocasts() -> Iterator[list[torch.autocast]]:
-    """Collects the autocast contexts entered meanwhile: operations on meta tensors show no trace of them."""
-    entered: list[torch.autocast] = []
-    enter: Any = torch.autocast.__enter__
+def _noting_unseen() -> Iterator[list[str]]:
+    """Collects which of `_UNSEEN` are called meanwhile by this thread."""
+    noted: list[str] = []
     here = threading.get_ident()
 
-    def note(self: torch.autocast) -> Any:
-        if threading.get_ident() == here:
-            entered.append(self)
-        return enter(self)
+    def noting(found: Any, does: str) -> Any:
+        by_class = isinstance(found, (classmethod, types.ClassMethodDescriptorType))
 
-    torch.autocast.__enter__ = note  # type: ignore[method-assign]
+        def note(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == here:
+                noted.append(does)
+            return found.__get__(None, owner)(*args, **kwargs) if by_class else found(owner, *args, **kwargs)
+
+        return classmethod(note) if by_class else note
+
+    usual = [(owner, name, vars(owner)[name]) for owner, name, _ in _UNSEEN]
+    for owner, name, does in _UNSEEN:
+        setattr(owner, name, noting(vars(owner)[name], does))
     try:
-        yield entered
+        yield noted
     finally:
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        for owner, name, found in usual:
+            setattr(owner, name, found)
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,19 +1,26 @@
-"""Whether a converted copy still is the network it was: it runs, keeps its keys and its outputs' shapes,
-and pads, resizes and rolls no more than before.
+"""Whether a converted copy still is the network it was.
+
+It runs, in train mode too where a forward asks for the mode; it keeps its keys, the number of its outputs, their
+batch and channels; it pads, resizes, stretches and rolls no more than before; and what it keeps for a map of one size
+(a table of positions, indices) still meets a map of that size.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from padfree.errors import Refusal
 from padfree.record import ForwardFailedError, Recording, record
-from padfree.recorder import Op
+from padfree.recorder import Op, Ref, repeat_batch
+from padfree.state import asks_for_mode
 
+_ADAPTIVE = ("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 _COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
 _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
 
@@ -51,8 +58,28 @@ def verify(
     ):
         raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
     _check_obeyed(after, given or {})
+    _check_places(original, after)
     if not allow_resize:
         _check_resizing(original, after)
+    if any(asks_for_mode(type(module)) for module in original.model.modules() if list(module.children())):
+        _check_training(original, converted)
+
+
+def _check_training(original: Recording, converted: nn.Module) -> None:
+    """Branches that run in training only, such as auxiliary heads."""
+    like = replace(original, example=repeat_batch(original.example))
+    try:
+        record(original.model.train(), like=like)
+    except ForwardFailedError:  # it wants labels, say: nothing to compare with
+        return
+    finally:
+        original.model.eval()
+    try:
+        record(converted.train(), like=like)
+    except ForwardFailedError as error:
+        raise Refusal(f"in train mode {_blame(original, error)}") from error
+    finally:
+        converted.eval()
 
 
 def _counts(recording: Recording) -> bool:
@@ -61,8 +88,10 @@ def _counts(recording: Recording) -> bool:
 
 
 def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:
-    before = {key: tuple(tensor.shape) for key, tensor in original.state_dict().items()}
-    after = {key: tuple(tensor.shape) for key, tensor in converted.state_dict().items()}
+    before, after = (
+        {key: tuple(getattr(entry, "shape", ())) for key, entry in model.state_dict().items()}  # extra state has none
+        for model in (original, converted)
+    )
     if [key for key in after if key in before] != list(before):
         raise Refusal("the conversion would lose or reorder keys of the state dict")
     for key, shape in before.items():
@@ -84,7 +113,7 @@ def _check_resizing(before: Recording, after: Recording) -> None:
     had, has = _resizing(before), _resizing(after)
     for (kind, path), count in has.items():
         if count > had[(kind, path)]:
-            op = next(o for o in after.ops if _resizes(o) and (o.kind, _path(after, o)) == (kind, path))
+            op = next(o for o in after.ops if _resizes(after, o) and (o.kind, _path(after, o)) == (kind, path))
             shape = [after.values[value].shape for value in (op.inputs[0], op.outputs[0])]
             was = _shape_at(before, path)
             raise Refusal(
@@ -94,10 +123,70 @@ def _check_resizing(before: Recording, after: Recording) -> None:
 
 
 def _resizing(recording: Recording) -> Counter[tuple[str, str]]:
-    return Counter((op.kind, _path(recording, op)) for op in recording.ops if _resizes(op))
+    return Counter((op.kind, _path(recording, op)) for op in recording.ops if _resizes(recording, op))
 
 
-def _resizes(op: Op) -> bool:
+def _check_places(before: Recording, after: Recording) -> None:
+    """Tables and indices that a model keeps mean places of a map: of another map they would mean others."""
+    sides = {side for value in before.values if len(value.shape) == 4 for side in value.shape[2:]}
+    were, are = _readings(before), _readings(after)
+    for place, now in are.items():
+        for old, new in zip(were.get(place, [None] * len(now)), now, strict=False):  # a whole table is not cut
+            length = new.of[0] if old is None else old.length
+            if length == new.length or (old is not None and old.of != new.of) or (length in sides and not new.index):
+                continue
+            what = f"by {new.of} indices of its own a map of" if new.index else "from a table of its own"
+            where = f"`{place[1]}`" if place[1] else "the model's own forward"
+            raise Refusal(f"{where} reads {what} {length} places, and there would be {new.length}")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Rows read from a table, `of` all of them; or a map's rows that kept indices, of shape `of`, pick from."""
+
+    index: bool
+    length: int
+    of: tuple[int, ...]
+
+
+def _readings(recording: Recording) -> dict[tuple[str, str], list[_Reading]]:
+    found: dict[tuple[str, str], list[_Reading]] = {}
+    for op in recording.ops:
+        reading = _reading(recording, op)
+        if reading is not None:
+            found.setdefault((op.kind, _path(recording, op)), []).append(reading)
+    return found
+
+
+def _reading(recording: Recording, op: Op) -> _Reading | None:
+    args = op.args[0]
+    if not args or not isinstance(args[0], Ref):
+        return None
+    data = recording.values[args[0].value]
+    if op.kind == "slice" and data.name and not data.live:
+        axis = args[1] if len(args) > 1 else 0
+        return _Reading(False, recording.values[op.outputs[0]].shape[axis], (data.shape[axis],))
+    if op.kind == "embedding" and len(args) > 1 and not recording.values[args[1].value].live:
+        return _Reading(False, math.prod(recording.values[args[1].value].shape), data.shape[:1])
+    if not data.live:
+        return None
+    if op.kind in ("index_select", "gather"):
+        picked = [(args[1], args[2])]
+    elif op.kind in ("index", "_unsafe_index"):
+        picked = [(axis, ref) for axis, ref in enumerate(args[1]) if isinstance(ref, Ref)]
+    else:
+        return None
+    for axis, ref in picked:
+        indices = recording.values[ref.value]
+        if not indices.live:
+            return _Reading(True, data.shape[axis], indices.shape)
+    return None
+
+
+def _resizes(recording: Recording, op: Op) -> bool:
+    if op.inputs and op.kind in _ADAPTIVE:
+        source, out = (recording.values[value].shape[-2:] for value in (op.inputs[0], op.outputs[0]))
+        return any(new > old for new, old in zip(out, source, strict=True))
     if not op.inputs or not (op.kind in _RESIZING or op.kind.startswith("upsample")):
         return False
     return not (op.kind == "constant_pad_nd" and not any(op.args[0][1]))

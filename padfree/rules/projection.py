@@ -109,7 +109,8 @@ def _blur(sites: Sites, conv: Conv) -> Match | Skip:
 def _pool(sites: Sites, op: Op) -> Match | Skip:
     flow, recording = sites.flow, sites.recording
     path = recording.calls[op.call].path
-    kernel, stride = _pair(op.args[0][1]), _pair(op.args[0][2] or op.args[0][1])
+    window = op.args[0][1]
+    kernel, stride = _pair(window), _pair((op.args[0][2] if len(op.args[0]) > 2 else ()) or window)
     dilation = _pair(op.args[0][4]) if op.kind in MAX_POOLS and len(op.args[0]) > 4 else (1, 1)
     domain = flow.domain(op.outputs[0])
     padding = _pair(op.args[0][3]) if len(op.args[0]) > 3 else (0, 0)
@@ -123,9 +124,12 @@ def _pool(sites: Sites, op: Op) -> Match | Skip:
             NAME,
             domain,
         )
+    why = ""
     if len(recording.calls_of[path]) != 1:
-        return Skip(path, "its module is called more than once in one forward", NAME, domain)
-    return _match(sites, op, path, path, {})
+        why = "its module is called more than once in one forward"
+    elif any(flow.consumers(other) or other in recording.outputs for other in op.outputs[1:]):
+        why = "its indices are used, and they would be of another map"
+    return Skip(path, why, NAME, domain) if why else _match(sites, op, path, path, {})
 
 
 def _same_pad(sites: Sites, op: Op) -> bool:

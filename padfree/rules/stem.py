@@ -112,7 +112,7 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         act = ""  # the norm's copy brings its activation along (timm's BatchNormAct2d)
     detail: dict[str, Any] = {
         "op": conv.op, "channels": conv.out_channels, "stride": stride, "norm": norm, "act": act,
-        "function": function, "preact": int(preact), "value": value, "norm_last": int(chain.norm_last),
+        **function, "preact": int(preact), "value": value, "norm_last": int(chain.norm_last),
     }  # fmt: skip
     place = recording.calls[pool.call].path if pool is not None else site.chain.act_path
     block = ""
@@ -169,15 +169,17 @@ def _first(value: Any) -> int:
     return int(_both(value)[0])
 
 
-def _function(sites: Sites, chain: Chain) -> str:
-    """The ATen name of an activation that is a function call, if it has a module of its own."""
+def _function(sites: Sites, chain: Chain) -> dict[str, Any]:
+    """The ATen name and settings of an activation that is a function call, if it has a module of its own."""
     if chain.act is None or chain.act_path:
-        return ""
+        return {"function": ""}
     op = sites.flow.producer(chain.act)
     kind = "" if op is None else plain_kind(op)
     if kind not in FUNCTIONS:
         raise Refusal(f"its activation `{kind}` is a function without a module to copy")
-    return kind
+    assert op is not None
+    settings = [*op.args[0][1:], *(value for _, value in op.args[1])]
+    return {"function": kind, "settings": settings} if settings else {"function": kind}
 
 
 def _following(sites: Sites, value: int) -> Chain | None:
@@ -208,7 +210,7 @@ def rewrite(match: Match, edit: Editor) -> None:
     channels = (detail["channels"], detail["channels"])
     spec = Spec(
         "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
-        function=detail["function"], absorbs=bool(detail["absorbs"]),
+        function=detail["function"], settings=tuple(detail.get("settings", ())), absorbs=bool(detail["absorbs"]),
         residual=edit.options.stem_residual, preact=bool(detail["preact"]), norm_last=bool(detail["norm_last"]),
     )  # fmt: skip
     if "place" in detail:
