@@ -66,8 +66,8 @@ def to_onnx(
 
     Raises:
         PadfreeError: onnx, onnxscript or onnxruntime is missing; the model is in training mode; an operation
-            cannot be exported (naming the module it belongs to); or the file does not compute what the model
-            does.
+            cannot be exported (naming the module it belongs to); the exporter does not reach the opset; the
+            model's outputs are not finite; or the file does not compute what the model does.
         FileError: the file cannot be written.
     """
     if not isinstance(opset, int) or opset < OPSET:
@@ -214,7 +214,7 @@ def _check_onnx(path: Path, model: nn.Module, size: tuple[int, ...], dynamic_sid
     """Run the file on one random image and compare; with free sides on a larger one too, if the model takes it.
 
     Raises:
-        PadfreeError: onnx or ONNX Runtime refuses the file, or its outputs are not the model's.
+        PadfreeError: onnx or ONNX Runtime refuses the file, or its outputs are not the model's, or not finite.
     """
     import onnx
     import onnxruntime
