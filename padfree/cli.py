@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     targets = _check_targets(arguments)
-    source = _source(arguments)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
+        source = _source(arguments)
         try:
             report, made, comparison = _convert(arguments, source, targets)
         except SystemExit as error:
