@@ -6,6 +6,7 @@ padfree-convert --timm mobilenetv3_large_100
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,12 +18,15 @@ from typing import Any, NoReturn
 from torch import nn
 
 import padfree
+from padfree.checkpoint import load_weights, read_checkpoint
 from padfree.compare import Comparison, compare
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
-from padfree.files import check_target, load_weights, read_checkpoint, replacing, save
+from padfree.files import save
 from padfree.sources import Source
+from padfree.terminal import Terminated, printing, terminable
 from padfree.types import Options
+from padfree.writing import all_or_none, check_target, replacing
 
 _EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
 
@@ -33,24 +37,34 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise PadfreeError(f"{message} (see {self.prog} --help)")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse would keep quiet about a full disk
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 after one line on stderr for anything the user can put right."""
+    """Run the command; returns 0, or 2 after one line on stderr for anything the user can put right.
+
+    An interrupt gives 130 and SIGTERM 143; neither leaves half-written files.
+    """
     try:
-        arguments = _parser().parse_args(argv)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
+        with terminable():
+            with printing():  # --help and --version, and a closed stdout is known before any work
+                arguments = _parser().parse_args(argv)
             _run(arguments)
-        sys.stdout.flush()
     except PadfreeError as error:
-        print(f"padfree-convert: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
-        print("padfree-convert: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe went away
+        return _failed("interrupted", 130)
+    except Terminated:
+        return _failed("terminated", 143)
     return 0
+
+
+def _failed(message: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed cannot be told about
+        if sys.stderr is not None:
+            print(f"padfree-convert: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,20 +101,37 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     targets = _check_targets(arguments)
-    source = _source(arguments)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
+        source = _source(arguments)
+        try:
+            report, made, comparison = _convert(arguments, source, targets)
+        except SystemExit as error:
+            raise PadfreeError(f"the code of {source} ended the program ({error.code})") from error
+    with printing():
+        _publish(report, source, made, comparison, targets)
+
+
+def _convert(
+    arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
+) -> tuple[dict[str, Any], Plan, Comparison | None]:
+    """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
     original = source.create(arguments.pretrained)
     if arguments.checkpoint:
         load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint))
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _plan(original, arguments, size)
-    if arguments.plan_only:
-        report = _report(source, made, None, original)
-    else:
-        converted = made.apply(original)
-        comparison = compare(original, converted, made.input_size)
+    comparison = None
+    with all_or_none():
+        if not arguments.plan_only:
+            converted = made.apply(original)
+            comparison = compare(original, converted, made.input_size)
+            _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
         report = _report(source, made, comparison, original)
-        _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
-    _publish(report, source, made, None if arguments.plan_only else comparison, targets)
+        if targets.get("json") is not None:
+            with replacing(Path(str(targets["json"]))) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report, made, comparison
 
 
 def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
@@ -110,15 +141,17 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
         path = getattr(arguments, name)
         if path is None:
             continue
+        flag = "--" + name.replace("_", "-")
         if name != "json" and arguments.plan_only:
-            flag = "--" + name.replace("_", "-")
             raise PadfreeError(f"--plan-only converts nothing, so it has nothing to write for {flag}")
-        targets[name] = None if (name, path) == ("json", "-") else check_target(path)
+        if name != "json" and path == "-":
+            raise PadfreeError(f"{flag} -: only the report can go to stdout; give a file name")
+        targets[name] = None if path == "-" else check_target(path)
     if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
         raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
         raise PadfreeError(f"--output {arguments.output}: the name must end in .safetensors")
-    written = [path.absolute() for path in targets.values() if path is not None]
+    written = [os.path.realpath(path) for path in (*targets.values(), "/dev/stdout") if path is not None]
     if len(set(written)) < len(written):
         raise PadfreeError("two results would be written to the same file")
     return targets
@@ -215,13 +248,9 @@ def _publish(
     comparison: Comparison | None,
     targets: dict[str, Path | None],
 ) -> None:
-    text = json.dumps(report, indent=2)
     if "json" in targets and targets["json"] is None:
-        print(text)
+        print(json.dumps(report, indent=2))
         return
-    if targets.get("json") is not None:
-        with replacing(Path(str(targets["json"]))) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
     from padfree.display import show
 
     show(str(source), made, comparison)

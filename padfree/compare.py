@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from padfree.errors import PadfreeError
 from padfree.record import Recording, check_input_size, default_input_size, example_inputs, record
 from padfree.skeleton import bare_copy
 
@@ -121,8 +122,11 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
         input_size: (C, H, W); default: the size that `converted` was converted at.
 
     Raises:
-        PadfreeError: one of them does not run at that size.
+        PadfreeError: one of them is not a network, or does not run at that size.
     """
+    for model in (original, converted):
+        if not isinstance(model, nn.Module):
+            raise PadfreeError(f"compare takes two torch.nn.Modules, not {type(model).__name__}")
     size = default_input_size(converted) if input_size is None else check_input_size(input_size)
     recordings = record(original, size), record(converted, size)
     counts = count_macs(original, size), count_macs(converted, size)

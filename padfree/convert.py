@@ -107,7 +107,13 @@ def convert(
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether some part of the model was rewritten by padfree."""
+    """Whether some part of the model was rewritten by padfree.
+
+    Raises:
+        PadfreeError: it is not a network.
+    """
+    if not isinstance(model, nn.Module):
+        raise PadfreeError(f"is_converted takes a torch.nn.Module, not {type(model).__name__}")
     return any(isinstance(module, StemTail) or is_rewritten(module) for module in model.modules())
 
 

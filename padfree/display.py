@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections import Counter
 
 from padfree.compare import Comparison
 from padfree.types import PlanData
 
+_NARROW = 60  # columns; below, tables would cut names to pieces
+
 
 def show(title: str, plan: PlanData, comparison: Comparison | None) -> None:
     """Print a plan and, if there is one, the comparison of the networks before and after it."""
-    if sys.stdout.isatty():
-        _rich(title, plan, comparison)
+    width = shutil.get_terminal_size().columns
+    if sys.stdout.isatty() and width >= _NARROW:
+        _rich(title, plan, comparison, width)
     else:
         print("\n".join(_plain(title, plan, comparison)))
 
@@ -36,21 +41,23 @@ def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[st
     return lines
 
 
-def _rich(title: str, plan: PlanData, comparison: Comparison | None) -> None:
+def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    console = Console()
+    console = Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto")
     console.print(Text(summary(title, plan), style="bold"))
-    places = Table("rule", "module", "reads", "wrote", "writes", box=None, pad_edge=False)
+    sizes = (Column(name, no_wrap=True) for name in ("reads", "wrote", "writes"))
+    names = Column("module", overflow="fold")
+    places = Table(Column("rule", no_wrap=True), names, *sizes, box=None, pad_edge=False)
     for match in plan.matches:
-        sizes = ("x".join(map(str, size)) for size in (match.size, match.out_before, match.out_after))
-        places.add_row(match.rule, Text(match.name), *sizes)
+        maps = ("x".join(map(str, size)) for size in (match.size, match.out_before, match.out_after))
+        places.add_row(match.rule, Text(match.name), *maps)
     if plan.matches:
         console.print(places)
     if plan.skips:
-        skipped = Table("left alone", "reason", box=None, pad_edge=False)
+        skipped = Table(Column("left alone", overflow="fold"), "reason", box=None, pad_edge=False)
         for skip in plan.skips:
             skipped.add_row(Text(skip.name), Text(skip.reason))
         console.print(skipped)

@@ -9,6 +9,7 @@ plain operator in the file. A file appears whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import textwrap
@@ -23,9 +24,9 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.files import check_target, replacing
 from padfree.record import check_input_size, default_input_size
 from padfree.recorder import first_line
+from padfree.writing import check_target, replacing
 
 __all__ = ["to_exported_program", "to_onnx"]
 
@@ -65,8 +66,8 @@ def to_onnx(
 
     Raises:
         PadfreeError: onnx, onnxscript or onnxruntime is missing; the model is in training mode; an operation
-            cannot be exported (naming the module it belongs to); or the file does not compute what the model
-            does.
+            cannot be exported (naming the module it belongs to); the exporter does not reach the opset; the
+            model's outputs are not finite; or the file does not compute what the model does.
         FileError: the file cannot be written.
     """
     if not isinstance(opset, int) or opset < OPSET:
@@ -83,6 +84,9 @@ def to_onnx(
     except Exception as error:
         place = _module_of_node(program, model, error)
         raise PadfreeError(f"{type(model).__name__} cannot be written as ONNX: {place}{_cause(error)}") from error
+    written = onnx_program.model.opset_imports.get("")
+    if written != opset:  # the exporter leaves its own where it cannot convert
+        raise PadfreeError(f"the exporter writes {type(model).__name__} with opset {written}, not with {opset}")
     with replacing(target) as temporary:
         try:
             onnx_program.save(str(temporary), external_data=False)
@@ -119,17 +123,18 @@ def to_exported_program(
     """
     target = check_target(path)
     program, _ = _program(model, input_size, dynamic_sides)
-    with replacing(target) as temporary, _quietly(), temporary.open("wb") as file:
-        try:
-            torch.export.save(program, file)
-        except OSError:
-            raise
-        except Exception as error:  # torch has no file form for every expression of a free side
-            place = _module_of_node(program, model, error)
-            raise PadfreeError(
-                f"{type(model).__name__} cannot be saved as a program: {place}{_cause(error)}"
-                + (f". {_HINT}" if dynamic_sides else "")
-            ) from error
+    content = io.BytesIO()  # written to a file by torch itself, a full disk would end the process
+    try:
+        with _quietly():
+            torch.export.save(program, content)
+    except Exception as error:  # torch has no file form for every expression of a free side
+        place = _module_of_node(program, model, error)
+        raise PadfreeError(
+            f"{type(model).__name__} cannot be saved as a program: {place}{_cause(error)}"
+            + (f". {_HINT}" if dynamic_sides else "")
+        ) from error
+    with replacing(target) as temporary:
+        temporary.write_bytes(content.getbuffer())
     return target
 
 
@@ -209,7 +214,7 @@ def _check_onnx(path: Path, model: nn.Module, size: tuple[int, ...], dynamic_sid
     """Run the file on one random image and compare; with free sides on a larger one too, if the model takes it.
 
     Raises:
-        PadfreeError: onnx or ONNX Runtime refuses the file, or its outputs are not the model's.
+        PadfreeError: onnx or ONNX Runtime refuses the file, or its outputs are not the model's, or not finite.
     """
     import onnx
     import onnxruntime
@@ -248,6 +253,10 @@ def _compare_onnx(session: Any, model: nn.Module, size: tuple[int, ...], hint: s
             f"ONNX Runtime does not run the exported {type(model).__name__} at {shape}: {first_line(error)}{hint}"
         ) from error
     for mine, theirs in zip(expected, map(torch.as_tensor, found), strict=True):
+        if not mine.isfinite().all():
+            raise PadfreeError(
+                f"the outputs of {type(model).__name__} itself at {shape} are not finite, so the file cannot be checked"
+            )
         limit = _TOLERANCE * max(_FAINT, float(mine.abs().max()))
         difference = float("inf")
         if mine.shape == theirs.shape:

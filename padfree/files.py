@@ -7,24 +7,28 @@ which `load` imports and calls, so open such files only where that code may run.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from padfree.checkpoint import KEY, load_weights, read_safetensors, some
 from padfree.convert import Plan
 from padfree.errors import FileError, PadfreeError
+from padfree.record import example_inputs
+from padfree.recorder import collect, first_line
+from padfree.skeleton import bare_copy, kept_random_state
 from padfree.sources import Source
+from padfree.writing import as_path, check_target, replacing
 
 FILE_FORMAT = 1
-_KEY = "padfree"
-_SHOWN = 3  # keys named in an error message
+_LARGER = 64  # pixels a side; on a map of a single point, pooling by mean and by maximum are the same
+_TOLERANCE = 1e-4  # of the largest output; equal networks on equal inputs differ by rounding at most
 
 
 def save(
@@ -32,15 +36,19 @@ def save(
 ) -> None:
     """Write a converted network to a safetensors file that `load` reads back.
 
-    The file appears whole or not at all. What it keeps is the architecture and the weights; settings
-    that change neither keys nor shapes (dropout rates, training mode, frozen parameters) are not kept.
+    The file appears whole or not at all. Before, the network is rebuilt as `load` will do it, and must have
+    the same keys, shapes and, for one random image, outputs in eval mode. The image has 64 pixels a side more
+    than the plan's, or its size where the model does not take more. Outputs are not compared for models that
+    fail on both or give other outputs when asked again, and where the network's own hooks compute its weights.
+    What the file keeps is the architecture and the weights; what shows in none of these (dropout rates,
+    training mode, frozen parameters) is not kept.
 
     Args:
         model: a network made by `convert` or `Plan.apply`.
         path: where to write; the folder must exist.
         source: the unconverted model: "timm:NAME", "torchvision:NAME", "bsconv:NAME",
-            "package.module:factory", or a dictionary with `library`, `name` and `kwargs`. May be left
-            out for models of timm.
+            "package.module:factory", or a dictionary with `library`, `name` and `kwargs` (numbers,
+            strings, lists). May be left out for models of timm built without further arguments.
 
     Raises:
         FileError: no plan or no source is known, the source does not give this network, or the file
@@ -52,127 +60,55 @@ def save(
     origin = _timm_source(model) if source is None else Source.from_dict(source)
     target = check_target(path)
     tensors = _tensors(model)
-    _check_source(origin, plan, tensors)
-    content = {"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()}
+    try:
+        text = json.dumps({"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()})
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{origin} cannot be written down: {error}; kwargs are numbers, strings, lists") from error
+    _check_rebuilt(model, tensors, *_content(target, {KEY: text}))
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(target) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _KEY: json.dumps(content)})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", KEY: text})
+        except SafetensorError as error:  # a full disk among others
+            raise FileError(f"cannot write {target}: {first_line(error)}") from error
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
     """Rebuild a converted network from a file that `save` wrote, on the CPU, in eval mode.
 
     Raises:
-        FileError: the file is missing, damaged, truncated or not padfree's, or its weights do not fit.
-        PadfreeError: its source cannot be built, or its plan does not fit the source any more.
+        FileError: the file is missing, damaged, truncated or not padfree's, its source cannot be built, its
+            plan does not fit the source any more, or its weights do not fit.
     """
-    tensors, metadata = _read_safetensors(Path(path))
-    source, plan = _content(Path(path), metadata)
+    path = as_path(path)
+    tensors, metadata = read_safetensors(path)
+    source, plan = _content(path, metadata)
     try:
-        model = plan.apply(source.create(), inplace=True)
+        model = _rebuild(source, plan)
     except PadfreeError as error:
         raise FileError(f"{path}: {source} with the plan of this file cannot be built: {error}") from error
     floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     if len(floating) == 1:
         model = model.to(floating.pop())
-    load_weights(model, tensors, Path(path))
+    load_weights(model, tensors, path)
     return model.eval()
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the weights of an unconverted network: safetensors, or a torch file of tensors alone.
-
-    A state dict may lie under "state_dict" or "model", and its keys may begin with "module.".
+def _rebuild(source: Source, plan: Plan) -> nn.Module:
+    """The network of a source and a plan, with fresh weights.
 
     Raises:
-        FileError: the file is missing, unreadable, or holds anything but tensors.
+        PadfreeError: whatever went wrong; a damaged plan may ask for anything.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
+    original = source.create()
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
-    if head[8:] == b"{":
-        tensors, metadata = _read_safetensors(path)
-        if _KEY in metadata:
-            raise FileError(f"{path} holds a converted network already; padfree.load reads it")
-        return tensors
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle, end-of-file, runtime and key errors, by the kind of damage
-        raise FileError(
-            f"{path} is neither safetensors nor a torch file that weights_only can read: {_first_line(error)}"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise FileError(f"{path} holds a {type(content).__name__}, not a state dict")
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        raise FileError(f"{path} holds more than tensors; save model.state_dict() alone")
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    return {key.removeprefix(prefix): value for key, value in content.items()}
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict strictly; the model is untouched when it does not fit.
-
-    Raises:
-        FileError: keys are missing or unknown, or shapes differ; it names the first few.
-    """
-    own = model.state_dict()
-    shapes = {key for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape}
-    parts = {
-        "missing": own.keys() - tensors.keys(),
-        "unknown": tensors.keys() - own.keys(),
-        "of another shape": shapes,
-    }
-    faults = [f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in parts.items() if keys]
-    if faults:
-        raise FileError(f"the weights in {path} do not fit {type(model).__name__}: keys {', '.join(faults)}")
-    model.load_state_dict(dict(tensors))
-
-
-def check_target(path: str | os.PathLike[str]) -> Path:
-    """The path to write to, if its folder exists.
-
-    Raises:
-        FileError: the folder is missing, or the path is a folder.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileError(f"cannot write {target}: there is no folder {target.parent}")
-    if target.is_dir():
-        raise FileError(f"cannot write {target}: it is a folder")
-    return target
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well, else vanishes.
-
-    Raises:
-        FileError: the system refuses to write.
-    """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        mode = os.umask(0)
-        os.umask(mode)
-        temporary.chmod(0o666 & ~mode)  # mkstemp makes it private
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        return plan.apply(original, inplace=True)
+    except PadfreeError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise PadfreeError(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -207,40 +143,75 @@ def _timm_source(model: nn.Module) -> Source:
     return Source("timm", str(config["architecture"]), kwargs)
 
 
-def _check_source(source: Source, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to write a file that could not be read: the source must give the same keys and shapes."""
-    try:
-        with torch.device("meta"):
-            fresh = source.create()
-        rebuilt = plan.apply(fresh, inplace=True).state_dict()
-    except PadfreeError as error:
-        raise FileError(f"{source} does not take this network's plan ({error}); pass source=") from error
-    wrong = set(rebuilt.keys() ^ tensors.keys())
-    wrong |= {key for key in rebuilt.keys() & tensors.keys() if rebuilt[key].shape != tensors[key].shape}
-    if wrong:
-        raise FileError(
-            f"{source} does not give this network: {len(wrong)} keys or shapes differ ({_some(wrong)}); "
-            "pass source= with the arguments it was built with"
-        )
+def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan) -> None:
+    """Refuse to write a file that `load` could not read, or would read as another network."""
+    with kept_random_state():
+        try:
+            rebuilt = _rebuild(source, plan)
+        except PadfreeError as error:
+            raise FileError(f"{source} does not take this network's plan ({error}); pass source=") from error
+        fresh = rebuilt.state_dict()
+        wrong = set(fresh.keys() ^ tensors.keys())
+        wrong |= {key for key in fresh.keys() & tensors.keys() if fresh[key].shape != tensors[key].shape}
+        if wrong:
+            raise FileError(
+                f"{source} does not give this network: {len(wrong)} keys or shapes differ ({some(wrong)}); "
+                "pass source= with the arguments it was built with"
+            )
+        rebuilt.load_state_dict(dict(tensors))
+        if not _same_outputs(model, rebuilt, plan.input_size):
+            raise FileError(
+                f"{source} does not give this network: keys and shapes agree, but its outputs differ; pass source= "
+                "with the arguments it was built with, or a factory of yours that builds it as it is now"
+            )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
+def _same_outputs(model: nn.Module, rebuilt: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether both compute the same from one random image; True where that cannot be told.
 
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise FileError(f"{path} is damaged, truncated or not safetensors: {_first_line(error)}") from error
+    Both run as copies in eval mode without hooks, on the CPU, in float32, from the same random state.
+    """
+    if any(module._forward_hooks or module._forward_pre_hooks for module in rebuilt.modules()):
+        return True  # hooks of its own may compute its weights, as in weight_norm
+    expected = _outputs(model, size)
+    found = _outputs(rebuilt, size)
+    return expected is None or _close(expected, found) or not _close(expected, _outputs(model, size))
+
+
+def _outputs(model: nn.Module, size: tuple[int, ...]) -> list[Tensor] | None:
+    """The tensors that a model gives for the first example that it takes, None if it takes none."""
+    with kept_random_state(), torch.no_grad():
+        try:
+            duplicate = bare_copy(model).cpu().float().to(memory_format=torch.contiguous_format)
+        except Exception:  # a class that cannot be copied, or not moved
+            return None
+        larger = (*size[:-2], size[-2] + _LARGER, size[-1] + _LARGER)
+        examples = (example_inputs(duplicate, sides, meta=False) for sides in (larger, size))
+        for example in itertools.chain.from_iterable(examples):
+            outputs: list[Tensor] = []
+            try:
+                collect((duplicate(*example),), outputs)
+            except Exception:  # the model's own code, which may raise anything
+                continue
+            return outputs
+    return None
+
+
+def _close(expected: list[Tensor], found: list[Tensor] | None) -> bool:
+    if found is None or [t.shape for t in expected] != [t.shape for t in found]:
+        return False
+    for mine, theirs in zip(expected, found, strict=True):
+        largest = float(mine[mine.isfinite()].abs().max()) if mine.isfinite().any() else 0.0
+        if not torch.allclose(theirs.double(), mine.double(), rtol=0, atol=_TOLERANCE * largest, equal_nan=True):
+            return False
+    return True
 
 
 def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
-    if _KEY not in metadata:
+    if KEY not in metadata:
         raise FileError(f"{path} was not written by padfree.save: it holds weights without a plan")
     try:
-        content = json.loads(metadata[_KEY])
+        content = json.loads(metadata[KEY])
         if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
             found = content.get("format") if isinstance(content, dict) else content
             raise FileError(f"{path} has format {found!r}; this padfree reads {FILE_FORMAT}")
@@ -251,13 +222,4 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
     except FileError:
         raise
     except (PadfreeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _some(keys: set[str]) -> str:
-    first = sorted(keys)[:_SHOWN]
-    return ", ".join(first) + (", ..." if len(keys) > _SHOWN else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {first_line(error)}") from error

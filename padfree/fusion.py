@@ -53,7 +53,7 @@ def fuse(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.M
 
     Raises:
         PadfreeError: part of the model is in training mode, it does not run at that size, it cannot be
-            copied, or it does not compute the same when fused.
+            copied, its outputs are not finite, or it does not compute the same when fused.
     """
     if not isinstance(model, nn.Module):
         raise PadfreeError(f"fuse takes a torch.nn.Module, not {type(model).__name__}")
@@ -160,9 +160,13 @@ def _check(model: nn.Module, fused: nn.Module, recording: Recording) -> None:
                 "its forward asks a folded batch norm for more than to be called"
             ) from error
     for before, after in zip(expected, found, strict=True):
+        if not before.isfinite().all():
+            raise PadfreeError(
+                f"the outputs of {type(model).__name__} itself are not finite; there is nothing to check"
+            )
         limit = _TOLERANCE.get(before.dtype, _TOLERANCE_LOW) * max(1.0, float(before.abs().max()))
         difference = float((before - after).abs().max()) if before.numel() else 0.0
-        if difference > limit:
+        if not difference <= limit:  # nor NaN
             raise PadfreeError(
                 f"the fused {type(model).__name__} differs by {difference:.3g}, and at most {limit:.3g} "
                 "is rounding; use the unfused model, and please report this one"

@@ -146,7 +146,7 @@ def _factory(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     with _working_directory():
         try:
             target: Any = importlib.import_module(module_name)
-        except Exception as error:  # importing runs the user's code, which may raise anything
+        except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything
             raise SourceError(f"cannot import {module_name}: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(target, part):
@@ -201,7 +201,7 @@ def _building(library: str, name: str) -> Iterator[None]:
             yield
     except PadfreeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SourceError(f"{library} cannot build {name!r}: {type(error).__name__}: {error}") from error
 
 

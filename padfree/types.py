@@ -150,16 +150,16 @@ class PlanData:
             if data["format"] != PLAN_FORMAT:
                 raise PlanError(f"the plan has format {data['format']!r}; this padfree reads {PLAN_FORMAT}")
             return cls(
-                model=str(data["model"]),
-                input_size=tuple(int(size) for size in data["input_size"]),
+                model=_checked("model", data["model"]),
+                input_size=_checked("input_size", data["input_size"]),
                 options=Options(**data["options"]),
-                matches=tuple(_match(item) for item in data["matches"]),
-                skips=tuple(Skip(**item) for item in data["skips"]),
+                matches=tuple(Match(**_fields(item)) for item in data["matches"]),
+                skips=tuple(Skip(**_fields(item)) for item in data["skips"]),
                 earlier=None if data.get("earlier") is None else cls.from_dict(data["earlier"]),
             )
         except PadfreeError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"not a plan of padfree: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
@@ -170,9 +170,28 @@ class PlanData:
         return "\n".join(lines)
 
 
-def _match(item: Mapping[str, Any]) -> Match:
-    sizes = {key: tuple(int(n) for n in item[key]) for key in ("size", "out_before", "out_after")}
-    return Match(**{**item, **sizes})
+_SIZES = ("input_size", "size", "out_before", "out_after")
+_KINDS = {"domain": (int,), "op": (int,), "in_scope": (bool,), "detail": (dict,)} | dict.fromkeys(_SIZES, (list, tuple))
+
+
+def _fields(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _checked(key, value) for key, value in item.items()}
+
+
+def _checked(key: str, value: Any) -> Any:
+    """The value of a field; those that `_KINDS` does not name are strings.
+
+    Raises:
+        TypeError: it is of the wrong kind.
+    """
+    right = type(value) in _KINDS.get(key, (str,))
+    if right and key in _SIZES:
+        right = all(type(side) is int for side in value)
+    if not right:
+        raise TypeError(f"{key} is {value!r}")
+    if key == "detail":
+        _checked("op", value.get("op", 0))
+    return tuple(value) if key in _SIZES else value
 
 
 def _plain(value: Any) -> Any:

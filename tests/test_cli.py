@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from torch import nn
 
 import padfree
 from padfree.cli import main
+from padfree.errors import PadfreeError
 
 SMALL = ["--timm", "lcnet_035", "--input-size", "3", "64", "64"]
 
@@ -71,6 +77,8 @@ def _no_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*SMALL, "--plan-only", "--output", "a.safetensors"], "nothing to write for --output"),
         ([*SMALL, "--fixed-sides"], "neither is asked for"),
         ([*SMALL, "--output", "a.safetensors", "--json", "a.safetensors"], "the same file"),
+        ([*SMALL, "--onnx", "a", "--exported-program", "../{here}/a"], "the same file"),
+        ([*SMALL, "--onnx", "-"], "--onnx -: only the report can go to stdout"),
         (["--bsconv", "cifar_resnet20", "--pretrained"], "no pretrained weights"),
     ],
 )
@@ -84,7 +92,7 @@ def test_a_wrong_request_is_one_line_and_status_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("not a checkpoint")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    assert main(argv) == 2
+    assert main([argument.format(here=tmp_path.name) for argument in argv]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("padfree-convert: ")
@@ -100,6 +108,125 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr("padfree.cli._run", interrupted)
     assert main(SMALL) == 130
     assert capsys.readouterr().err == "padfree-convert: interrupted\n"
+
+
+OWN = """
+import sys
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1))
+
+def noisy():
+    print("building")
+    return Net()
+
+class Ends(Net):
+    def forward(self, x):
+        sys.exit(0)
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield ["--input-size", "3", "32", "32", "--model"]
+    sys.modules.pop("own_models", None)
+
+
+def test_a_model_that_ends_the_program_is_an_error(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*own, "own_models:Ends"]) == 2
+    assert capsys.readouterr() == ("", "padfree-convert: the code of factory:own_models:Ends ended the program (0)\n")
+    assert main([*own, "sys:exit"]) == 2
+    assert "factory cannot build 'sys:exit': SystemExit" in capsys.readouterr().err
+
+
+def test_what_a_model_prints_stays_out_of_the_report(own: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*own, "own_models:noisy", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == "own_models:noisy"
+    assert err == "building\n"
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for flag in ("--json", "--onnx", "--exported-program"):
+        assert main([*SMALL, flag, str(tmp_path / "pipe")]) == 2
+        assert "it is a device, a pipe or a socket, not a plain file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_all_results_are_written_or_none(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise PadfreeError("this one fails")
+
+    monkeypatch.setattr("padfree.export.to_onnx", fail)
+    (tmp_path / "a.safetensors").write_text("old")
+    before = sorted(os.listdir())
+    assert main([*own, "own_models:Net", "--output", "a.safetensors", "--onnx", "a.onnx", "--json", "a.json"]) == 2
+    assert capsys.readouterr().err == "padfree-convert: this one fails\n"
+    assert sorted({*os.listdir()} - {"__pycache__"}) == before
+    assert (tmp_path / "a.safetensors").read_text() == "old"
+
+
+def test_a_signal_to_end_leaves_no_file(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminated(*args: object, **kwargs: object) -> None:
+        assert len(list(tmp_path.glob(".a.safetensors.*"))) == 1  # written, and not in place yet
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr("padfree.export.to_onnx", terminated)
+    assert main([*own, "own_models:Net", "--output", "a.safetensors", "--onnx", "a.onnx"]) == 143
+    assert capsys.readouterr().err == "padfree-convert: terminated\n"
+    assert sorted({*os.listdir()} - {"__pycache__"}) == ["own_models.py"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_the_signals_of_a_program_around_it_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("padfree.cli._run", lambda arguments: seen.append(signal.getsignal(signal.SIGTERM)))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert main(SMALL) == 0
+        thread = threading.Thread(target=main, args=(SMALL,))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        thread.start()
+        thread.join()
+        assert main(SMALL) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen[:2] == [signal.SIG_IGN, signal.SIG_DFL]
+    assert callable(seen[2])
+
+
+@pytest.mark.parametrize("argv", [[*SMALL, "--plan-only"], [*SMALL, "--plan-only", "--json", "-"], ["--help"]])
+def test_a_stdout_that_takes_nothing(
+    argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(argv) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "padfree-convert: cannot write to stdout: No space left on device\n"
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(argv) == 2
+    assert capsys.readouterr().err == "padfree-convert: cannot write to stdout: it is closed\n"
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(argv) == 2
+
+
+def test_a_stdout_of_few_characters(own: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main([*own, "own_models:Net", "--plan-only", "--json", "\xfc.json"]) == 0
+    assert stdout.buffer.getvalue().endswith(b"wrote \\xfc.json\n")
+    assert stdout.errors == "strict"
 
 
 # what it prints
@@ -210,7 +337,7 @@ def test_exports_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 # as a command
 
 
-def test_the_command_in_a_pipe_and_on_a_terminal() -> None:
+def test_the_command_in_a_pipe() -> None:
     command = [sys.executable, "-m", "padfree.cli", *SMALL, "--plan-only"]
     piped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert piped.stdout.startswith("timm:lcnet_035 at 3x64x64: 5 places to convert")
@@ -222,10 +349,16 @@ def test_the_command_in_a_pipe_and_on_a_terminal() -> None:
     )
     assert (unread.returncode, unread.stderr) == (0, "")
 
+
+@pytest.mark.parametrize(
+    ("settings", "escapes"),
+    [({"COLUMNS": "200"}, True), ({"NO_COLOR": "1"}, False), ({"COLUMNS": "0"}, True), ({"COLUMNS": "20"}, False)],
+)
+def test_the_command_on_a_terminal(settings: dict[str, str], escapes: bool) -> None:
     leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    environment.pop("NO_COLOR", None)
-    shown = subprocess.Popen(command, stdout=follower, env=environment)
+    environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
+    command = [sys.executable, "-m", "padfree.cli", *SMALL, "--plan-only"]
+    shown = subprocess.Popen(command, stdout=follower, env={**environment, "TERM": "xterm-256color", **settings})
     os.close(follower)
     screen = b""
     while True:
@@ -238,5 +371,5 @@ def test_the_command_in_a_pipe_and_on_a_terminal() -> None:
         screen += chunk
     os.close(leader)
     assert shown.wait(timeout=120) == 0
-    assert b"\x1b[1m" in screen
+    assert (b"\x1b[1m" in screen, b"\x1b" in screen) == (escapes, escapes)
     assert b"blocks.1.0.conv_dw" in screen

@@ -205,3 +205,13 @@ def test_a_converted_network_is_looked_at_in_the_size_it_was_converted_at(tmp_pa
     torch.testing.assert_close(padfree.fuse(converted)(image), converted(image))
     assert to_onnx(converted, tmp_path / "a.onnx", dynamic_sides=False).exists()
     assert padfree.plan(converted).input_size == (3, 40, 40)
+
+
+@pytest.mark.parametrize("other", [None, "resnet18", 3])
+def test_what_is_no_network_is_refused(other: object) -> None:
+    model, kind = nn.Conv2d(3, 4, 3), type(other).__name__
+    for pair in ((other, model), (model, other), (other, other)):
+        with pytest.raises(PadfreeError, match=f"compare takes two torch.nn.Modules, not {kind}"):
+            compare(*pair)  # type: ignore[arg-type]
+    with pytest.raises(PadfreeError, match=f"is_converted takes a torch.nn.Module, not {kind}"):
+        padfree.is_converted(other)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """ONNX files and exported programs against the models they came from, down to the smallest image."""
 
+import resource
 import sys
 
 import pytest
@@ -171,6 +172,9 @@ def test_everything_a_user_can_get_wrong(tmp_path, monkeypatch):
             write(model, tmp_path / "nowhere" / "model.onnx", size)
         with pytest.raises(padfree.PadfreeError, match="it is a folder"):
             write(model, tmp_path, size)
+        for wrong in (None, 5, b"model.onnx", "a\0b"):
+            with pytest.raises(padfree.PadfreeError, match="is not the path of a file"):
+                write(model, wrong, size)
         with pytest.raises(padfree.PadfreeError, match="input_size is"):
             write(model, tmp_path / "model.onnx", (3, 16))
         with pytest.raises(padfree.PadfreeError, match="not str"):
@@ -183,6 +187,36 @@ def test_everything_a_user_can_get_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(padfree.PadfreeError, match=r"needs onnxscript: pip install padfree\[onnx\]"):
         to_onnx(model.eval(), tmp_path / "model.onnx", size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_opset_that_the_exporter_does_not_reach_is_an_error(tmp_path):
+    model = Block(nn.ReLU()).eval()
+    with pytest.raises(padfree.PadfreeError, match="writes Block with opset 18, not with 99"):
+        to_onnx(model, tmp_path / "model.onnx", (3, 16, 16), opset=99)
+    assert list(tmp_path.iterdir()) == []
+    path = to_onnx(model, tmp_path / "model.onnx", (3, 16, 16), opset=20)
+    assert [opset.version for opset in onnx.load(path).opset_import if opset.domain == ""] == [20]
+
+
+def test_outputs_that_are_not_finite_cannot_be_checked(tmp_path):
+    model = Block(nn.ReLU()).eval()
+    model.conv.weight.data.fill_(float("nan"))
+    with pytest.raises(padfree.PadfreeError, match="outputs of Block itself at 3x16x16 are not finite"):
+        to_onnx(model, tmp_path / "model.onnx", (3, 16, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_error(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 500, 9)).eval()  # about 0.5 MB
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        for write in (to_onnx, to_exported_program):
+            with pytest.raises(padfree.PadfreeError, match=r"cannot write .*model: File too large"):
+                write(model, tmp_path / "model", (3, 16, 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
 
 

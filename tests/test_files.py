@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import resource
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import padfree
+from padfree.checkpoint import read_checkpoint
 from padfree.errors import FileError, PadfreeError
-from padfree.files import load, read_checkpoint, replacing, save
+from padfree.files import load, save
 from padfree.sources import Source
+from padfree.writing import replacing
 
 SMALL = "lcnet_035"
 
@@ -134,6 +139,49 @@ def test_metadata_that_does_not_fit(written: Path, tmp_path: Path, change: Any, 
         load(rewritten(written, tmp_path / "changed.safetensors", change))
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("input_size",), [3, float("inf"), 64]),
+        (("input_size",), "164"),
+        (("model",), ["MobileNetV3"]),
+        (("matches",), [None]),
+        (("skips",), [{"name": 1, "reason": ""}]),
+        (("matches", 0, "rule"), ["stem"]),
+        (("matches", 0, "name"), {}),
+        (("matches", 0, "domain"), None),
+        (("matches", 0, "domain"), True),
+        (("matches", 0, "size"), 64),
+        (("matches", 0, "detail"), None),
+        (("matches", 0, "detail"), [1]),
+        (("matches", 0, "detail", "op"), [1]),
+    ],
+)
+def test_a_plan_with_values_of_the_wrong_kind(
+    written: Path, tmp_path: Path, place: tuple[str | int, ...], value: Any
+) -> None:
+    def change(content: Any) -> Any:
+        inner = content["plan"]
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = value
+        return content
+
+    with pytest.raises(FileError, match="damaged metadata: PlanError: not a plan of padfree"):
+        load(rewritten(written, tmp_path / "changed.safetensors", change))
+
+
+def test_whatever_applying_a_plan_raises_is_a_file_error(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (AttributeError("none"), SystemExit(0)):
+
+        def fail(*args: object, error: BaseException = error, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(padfree.Plan, "apply", fail)
+        with pytest.raises(FileError, match=f"cannot be built: {type(error).__name__}"):
+            load(written)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_damaged_byte_is_refused_or_harmless(written: Path, data: st.DataObject) -> None:
@@ -216,6 +264,119 @@ def test_meta_weights_cannot_be_saved(tmp_path: Path) -> None:
     model = padfree.convert(timm.create_model(SMALL)).to("meta")
     with pytest.raises(FileError, match="on the meta device"):
         save(model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"act_layer": "silu"}, {"output_stride": 16}, {"global_pool": "max"}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_arguments_that_show_in_the_outputs_only(changed: dict[str, Any], tmp_path: Path) -> None:
+    model = padfree.convert(timm.create_model("resnet10t", **changed), input_size=(3, 32, 32))
+    before = torch.get_rng_state()
+    with pytest.raises(FileError, match="keys and shapes agree, but its outputs differ; pass source="):
+        save(model, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    save(model, tmp_path / "a.safetensors", {"library": "timm", "name": "resnet10t", "kwargs": changed})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    x = torch.rand(1, 3, 96, 96)
+    torch.testing.assert_close(load(tmp_path / "a.safetensors")(x), model.eval()(x), rtol=0, atol=0)
+
+
+OWN = """
+import itertools, torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, gain=1):
+        body = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1))
+        super().__init__(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        self.gain = gain
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+class Random(Net):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+class Counting(Net):
+    count = itertools.count()
+
+    def forward(self, x):
+        return super().forward(x) + next(self.count)
+
+class Failing(Net):
+    def forward(self, x):
+        assert x.is_meta
+        return super().forward(x)
+
+def normed():
+    net = Net()
+    nn.utils.weight_norm(net[3])
+    return net
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_networks")
+    del sys.modules["own_networks"]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("name", ["Net", "Random", "Counting", "Failing", "normed"])
+def test_random_and_failing_forwards_are_saved(name: str, own: Any, tmp_path: Path) -> None:
+    model = padfree.convert(getattr(own, name)(), input_size=(3, 32, 32))
+    seen: list[Any] = []
+    model.register_forward_hook(lambda *args: seen.append(args))
+    save(model, tmp_path / "a.safetensors", f"own_networks:{name}")
+    assert not seen
+    assert list(load(tmp_path / "a.safetensors").state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["Net", "Random"])
+def test_a_factory_that_builds_something_else(name: str, own: Any, tmp_path: Path) -> None:
+    model = padfree.convert(getattr(own, name)(gain=2), input_size=(3, 32, 32))
+    with pytest.raises(FileError, match="its outputs differ"):
+        save(model, tmp_path / "a.safetensors", f"own_networks:{name}")
+    with torch.no_grad():
+        model[3].weight.fill_(float("nan"))  # a training that went wrong, and one cannot tell any more
+    save(model, tmp_path / "a.safetensors", f"own_networks:{name}")
+
+
+def test_arguments_that_no_file_can_hold(own: Any, tmp_path: Path) -> None:
+    source = {"library": "factory", "name": "own_networks:Net", "kwargs": {"gain": torch.ones(1)}}
+    model = padfree.convert(own.Net(), input_size=(3, 32, 32))
+    with pytest.raises(FileError, match=r"own_networks:Net cannot be written down: .*Tensor.*numbers, strings"):
+        save(model, tmp_path / "a.safetensors", source)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"a.safetensors", "a\0b"])
+def test_paths_that_are_none(path: Any, converted: nn.Module) -> None:
+    with pytest.raises(FileError, match="is not the path of a file"):
+        save(converted, path)
+    with pytest.raises(FileError, match="is not the path of a file"):
+        load(path)
+
+
+def test_a_full_disk(converted: nn.Module, tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(FileError, match=r"cannot write .*a\.safetensors: .*File too large"):
+            save(converted, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_permissions_are_those_of_any_new_file(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    assert written.stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 # what comes back

@@ -159,6 +159,20 @@ def test_a_forward_that_looks_into_its_norm_is_an_error():
         fuse(Nosy().eval(), input_size=(3, 9, 9))
 
 
+def test_outputs_that_are_not_finite_are_an_error():
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 9)
+    model[0].weight.data[0] = float("nan")
+    with pytest.raises(padfree.PadfreeError, match="the outputs of Sequential itself are not finite"):
+        fuse(model, input_size=(3, 9, 9))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 1, 1, bias=False), nn.BatchNorm2d(1, eps=1e-4)).half().eval()
+    model[0].weight.data = torch.tensor([0.011, -0.011]).view(1, 2, 1, 1).half()
+    model[1].running_var.fill_(0)
+    model[1].weight.data.fill_(6e4)  # a gain of 6e6; half precision ends at 65504, so the folded weight is infinite
+    with pytest.raises(padfree.PadfreeError, match="the fused Sequential differs by nan"):
+        fuse(model, input_size=(2, 3, 3))
+
+
 MODELS = {
     "mobilenetv3_small_100": (lambda: timm.create_model("mobilenetv3_small_100"), 64),
     "tf_efficientnet_b0": (lambda: timm.create_model("tf_efficientnet_b0"), 64),

@@ -20,7 +20,8 @@ ROOT = Path(__file__).parent.parent
 # The floors of the named parts; a file imports only from floors below, or beside it where no circle results.
 FLOORS = (
     ("errors", "geometry", "types"),
-    ("layers", "native", "pooling", "pooling_training", "recorder", "skeleton", "sources", "specs", "state"),
+    ("recorder", "sources", "terminal", "writing"),
+    ("checkpoint", "layers", "native", "pooling", "pooling_training", "skeleton", "specs", "state"),
     ("downsampling", "flow", "kinds", "link", "record", "reforward", "rule", "site", "sites", "spy", "trace"),
     ("rules",),
     ("operations", "planning", "surgery"),

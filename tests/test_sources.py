@@ -97,7 +97,10 @@ def test_a_factory_may_live_in_the_working_directory(tmp_path: object, monkeypat
         "from torch import nn\n\nclass Zoo:\n    @staticmethod\n    def small(): return nn.Conv2d(3, 4, 3)\n"
         "MADE = nn.Identity()\n"
         "def broken():\n    raise ZeroDivisionError('no')\n"
+        "def ends():\n    raise SystemExit(0)\n"
+        "def stopped():\n    raise KeyboardInterrupt\n"
     )
+    (tmp_path / "own_program.py").write_text("raise SystemExit(0)\n")  # type: ignore[operator]
     monkeypatch.chdir(tmp_path)  # type: ignore[arg-type]
     path = list(sys.path)
     assert isinstance(Source("factory", "own_network:Zoo.small").create(), nn.Conv2d)
@@ -105,6 +108,12 @@ def test_a_factory_may_live_in_the_working_directory(tmp_path: object, monkeypat
         Source("factory", "own_network:MADE").create()
     with pytest.raises(SourceError, match="ZeroDivisionError: no"):
         Source("factory", "own_network:broken").create()
+    with pytest.raises(SourceError, match="cannot build 'own_network:ends': SystemExit: 0"):
+        Source("factory", "own_network:ends").create()
+    with pytest.raises(SourceError, match="cannot import own_program: SystemExit: 0"):
+        Source("factory", "own_program:make").create()
+    with pytest.raises(KeyboardInterrupt):
+        Source("factory", "own_network:stopped").create()
     assert sys.path == path
 
 
