@@ -1,5 +1,6 @@
 """A run's folder and its checkpoints.
 
+    RUN/.lock             held by the process that trains
     RUN/recipe.yaml       the resolved recipe
     RUN/run.json          variant, seed, processes, package versions, command
     RUN/plan.json         what was converted (padding-free variants)
@@ -7,7 +8,7 @@
     RUN/tensorboard/      the same, for TensorBoard
     RUN/checkpoints/epoch-0007/
         weights.safetensors   the evaluated weights (averaged ones, where the recipe averages)
-        progress.json         epoch, accuracy, best epoch so far, all metrics
+        progress.json         all metrics by epoch, and the sizes of the other files
         ...                   Accelerate's state: model, optimizer, scheduler, random numbers
 
 A checkpoint is written under another name and renamed when it is whole, so a kill at any moment loses
@@ -23,14 +24,14 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from padfree.errors import PadfreeError
@@ -80,18 +81,33 @@ class Progress:
         return max(self.epochs, key=lambda item: item.test_top1, default=None)
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """What progress.json holds: all epochs, and the bytes of the checkpoint's other files."""
+
+    epochs: tuple[Epoch, ...]
+    files: dict[str, int] = field(default_factory=dict)
+
+
+_SAVED = TypeAdapter(_Saved)
+
+
 def open_run(folder: Path, recipe: Recipe, about: dict[str, Any], resume: bool) -> None:
-    """Make the folder and write what the run is; when resuming, check that it is the same run.
+    """Write into a locked folder what the run is; when resuming, check that it is the same run.
 
     Raises:
-        RunError: the folder holds a run and `resume` is not set, or holds another run.
+        RunError: the folder holds a run and `resume` is not set, or holds another run, or a file that
+            is in the way of a checkpoint.
     """
     if (folder / "run.json").exists() or checkpoints(folder):
         if not resume:
             raise RunError(f"{folder} holds a run already; go on with --resume, or give another --out")
         _same_run(folder, recipe, about)
+    for path in (folder / "checkpoints").glob("epoch-*"):
+        if not path.is_dir():
+            raise RunError(f"{path} is a file where a checkpoint's folder belongs; remove it")
     for stale in (folder / "checkpoints").glob(".part-*"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if checkpoints(folder):  # a kill may have come between the last checkpoint and its line
         write_text(folder / "metrics.csv", _csv(read_progress(folder)))
@@ -106,11 +122,17 @@ def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         RunError: it is no run folder.
     """
+    path = folder / "recipe.yaml"
     try:
-        about: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return load(folder / "recipe.yaml").model_copy(update={"name": about["name"]}), about
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{folder} is no run folder of padfree-recipes train: {error}") from error
+        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or not all(isinstance(about.get(key), str) for key in ("name", "variant")):
+            raise ValueError("run.json names no recipe and variant")
+        path.stat()  # were it not there, `load` would take it for a recipe's name
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{folder} is no run folder of padfree-recipes train: {error}; give another folder, or put the file back"
+        ) from error
+    return load(path).model_copy(update={"name": about["name"]}), about
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -128,11 +150,7 @@ def read_progress(folder: Path) -> Progress:
     saved = checkpoints(folder)
     if not saved:
         return Progress()
-    try:
-        data = json.loads((saved[-1] / PROGRESS).read_text(encoding="utf-8"))
-        return Progress(tuple(Epoch(**item) for item in data["epochs"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{saved[-1]} is damaged ({error}); remove it to go on from the one before") from error
+    return Progress(_read_saved(saved[-1]).epochs)
 
 
 def save_checkpoint(accelerator: Any, model: nn.Module, folder: Path, progress: Progress) -> Path:
@@ -143,17 +161,26 @@ def save_checkpoint(accelerator: Any, model: nn.Module, folder: Path, progress: 
         model: whose weights were evaluated.
         folder: of the run.
         progress: with this epoch as its last.
+
+    Raises:
+        RunError: it cannot be written, and the checkpoints before are there still.
     """
     part = folder / "checkpoints" / f".part-{progress.done:04}"
     final = folder / "checkpoints" / f"epoch-{progress.done:04}"
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(part))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            save_file(weights, part / WEIGHTS)
+            files = {path.name: path.stat().st_size for path in part.iterdir()}
+            write_text(part / PROGRESS, json.dumps(asdict(_Saved(progress.epochs, files))))
+            _flush(part)
+            os.replace(part, final)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise RunError(f"cannot write {final}: {_reason(error)}; --resume goes on from the epoch before") from error
     if accelerator.is_main_process:
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(weights, part / WEIGHTS)
-        write_text(part / PROGRESS, json.dumps({"epochs": [asdict(item) for item in progress.epochs]}))
-        _flush(part)
-        os.replace(part, final)
         write_text(folder / "metrics.csv", _csv(progress))
         best = progress.best.epoch if progress.best else progress.done
         for path in checkpoints(folder):
@@ -163,18 +190,29 @@ def save_checkpoint(accelerator: Any, model: nn.Module, folder: Path, progress: 
     return final
 
 
-def load_checkpoint(accelerator: Any, folder: Path) -> None:
-    """Put a run's last checkpoint back into the accelerator's prepared objects.
+def load_checkpoint(accelerator: Any, model: nn.Module, folder: Path) -> None:
+    """Put a run's last checkpoint back into the accelerator's prepared objects, once all of it is known to be there.
+
+    Args:
+        accelerator: whose prepared objects are loaded, in every process.
+        model: whose weights are evaluated.
+        folder: of the run.
 
     Raises:
         RunError: it is damaged.
     """
     path = checkpoints(folder)[-1]
+    saved = _read_saved(path)
     try:
+        for name, size in saved.files.items():
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes of {size}")
+        weights, own = load_file(path / WEIGHTS), model.state_dict()
+        if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in own.items()}:
+            raise ValueError(f"{WEIGHTS} is not of this network")
         accelerator.load_state(str(path))
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"{path} is damaged ({reason}); remove it to go on from the one before") from error
+    except Exception as error:  # whatever reading another content as a state brings about
+        raise _damaged(path, error) from error
 
 
 def versions() -> dict[str, str]:
@@ -186,6 +224,32 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed as a package"
     return found
+
+
+def _read_saved(path: Path) -> _Saved:
+    try:
+        saved = _SAVED.validate_json((path / PROGRESS).read_bytes(), strict=True)
+        last = int(path.name.removeprefix("epoch-"))
+        if [item.epoch for item in saved.epochs] != [*range(1, last + 1)]:
+            raise ValueError(f"{PROGRESS} does not tell the epochs up to this one")
+        return saved
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    before = any(other < path for other in checkpoints(path.parent.parent))
+    remedy = (
+        "remove it to go on from the one before" if before else "there is none before it, so train into another folder"
+    )
+    return RunError(f"{path} is damaged ({_reason(error)}); {remedy}")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return ": ".join([PROGRESS, *(str(part) for part in first["loc"]), first["msg"]])
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _same_run(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:

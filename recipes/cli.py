@@ -3,22 +3,77 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
+from typing import NoReturn, TextIO
 
 from padfree.errors import PadfreeError
+
+from .console import Console
 
 EPILOG = """NAME is a recipe of `padfree-recipes list`, or the path of a recipe file.
 key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML)."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are PadfreeErrors: one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PadfreeError(f"{message} (see {self.prog} --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 for success, 1 where a table is off, 2 for anything wrong with the request."""
+    """Run a command.
+
+    Returns:
+        0 for success, 1 where a table is off, 2 after one line on stderr for anything wrong with the
+        request or with a file, 130 when interrupted, 141 when the reader of the output went away.
+    """
+    if sys.stdout is None:  # closed by whoever started it; a file that cannot be written tells those that try
+        sys.stdout = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # a full disk is told here at the latest, not by the interpreter at its end
+    except PadfreeError as error:
+        message = _one_line(str(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        message = f"needs the package {package}: pip install 'padfree[recipes]'"
+    except KeyboardInterrupt:
+        return _failed("interrupted; `--resume` goes on from the last whole epoch", 130)
+    except BrokenPipeError:
+        _drop(sys.stdout)
+        return 141
+    except UnicodeEncodeError as error:
+        shown = ascii(error.object[error.start : error.end])
+        message = f"the output's encoding {error.encoding} cannot say {shown}; set PYTHONIOENCODING=utf-8"
+    except io.UnsupportedOperation:
+        message = "standard output is closed"
+    except OSError as error:
+        _drop(sys.stdout)
+        reason = error.strerror or str(error) or type(error).__name__
+        message = _one_line(f"{error.filename}: {reason}" if error.filename else reason)
+    return _failed(message, 2)
+
+
+def _failed(message: str, status: int) -> int:
+    if sys.stderr is not None:
+        try:
+            print(f"padfree-recipes: {message}", file=sys.stderr, flush=True)
+        except OSError:
+            _drop(sys.stderr)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
     warnings.filterwarnings("ignore", "`torch.jit.*` is deprecated", FutureWarning)  # timm's, not the user's
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
@@ -27,27 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(argv)
     else:
         arguments.changes += rest
-    try:
-        code: int = arguments.run(arguments)
-    except PadfreeError as error:
-        print(f"padfree-recipes: {_one_line(str(error))}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        print(f"padfree-recipes: needs the package {package}: pip install 'padfree[recipes]'", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("padfree-recipes: interrupted; `--resume` goes on from the last whole epoch", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        return 0
+    code: int = arguments.run(arguments)
     return code
 
 
+def _drop(stream: TextIO) -> None:
+    """What a stream did not take is not tried again when the interpreter ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG
-    )
+    parser = _Parser(prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="names of all recipes")
@@ -64,8 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_copy)
 
     command = commands.add_parser("table", help="measured figures beside the published ones")
-    command.add_argument("--table", metavar="T", help="only this one; `bsconv` for BSConv's own tables")
-    command.add_argument("--recipe", metavar="NAME", help="only the rows of this recipe")
+    rows = command.add_mutually_exclusive_group()
+    rows.add_argument("--table", metavar="T", help="only this one; `bsconv` for BSConv's own tables")
+    rows.add_argument("--recipe", metavar="NAME", help="only the rows of this recipe")
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_table)
 
@@ -73,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
     command = commands.add_parser("train", help="train a recipe", epilog=EPILOG)
     _add_recipe(command)
     command.add_argument("--variant", default="padfree", help="what to train (default: %(default)s)")
@@ -137,9 +184,10 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     from .files import load
-    from .report import show_bsconv, show_lines, wide_console, write_json
+    from .report import check_json, show_bsconv, show_lines, wide_console, write_json
     from .tables import Line, lines, recipe_lines
 
+    check_json(arguments.json)
     errors = Console(stderr=True)
     found: list[Line] = []
     with errors.status("") as status:
@@ -151,17 +199,17 @@ def _table(arguments: argparse.Namespace) -> int:
             from .bsconv_table import bsconv_lines
 
             rows = list(bsconv_lines(progress=progress))
-        elif arguments.recipe:
+        elif arguments.recipe is not None:
             found = list(recipe_lines(load(arguments.recipe), progress))
         else:
             found = list(lines(arguments.table, progress))
     if arguments.table == "bsconv":
-        if arguments.json:
+        if arguments.json is not None:
             write_json([row.to_dict() for row in rows], arguments.json)
         else:
             show_bsconv(rows, wide_console())
         return int(any(row.off or row.skipped for row in rows))
-    if arguments.json:
+    if arguments.json is not None:
         write_json([line.to_dict() for line in found], arguments.json)
     else:
         show_lines(found, wide_console())
@@ -190,10 +238,11 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from .evaluate import evaluate_run
-    from .report import write_json
+    from .report import check_json, write_json
 
+    check_json(arguments.json)
     result = evaluate_run(arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu)
-    if arguments.json:
+    if arguments.json is not None:
         write_json(result, arguments.json)
     else:
         print(
@@ -220,8 +269,8 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _one_line(text: str) -> str:
-    """The message; of an error that came out of a loading process, its last line."""
-    return " ".join(text.split()) if "Original Traceback" not in text else text.strip().splitlines()[-1]
+    """The message; of an error that came out of a loading process, its last line without the error's class."""
+    return " ".join(text.split()) if "Original Traceback" not in text else text.splitlines()[-1].partition(": ")[2]
 
 
 if __name__ == "__main__":

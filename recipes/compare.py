@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from padfree.errors import PadfreeError
+from padfree.files import check_target, replacing
 
 from .checkpoints import Progress
 from .count import count
@@ -97,10 +98,11 @@ def compare_variants(
 def show(outcomes: tuple[Outcome, ...], seeds: int, folder: Path) -> None:
     """Print the outcomes as a table."""
     console = wide_console()
+    sign = "+-" if console.options.ascii_only else "±"
     rows = [
         [
             outcome.variant,
-            f"{outcome.mean:.2f} ± {outcome.spread:.2f}",
+            f"{outcome.mean:.2f} {sign} {outcome.spread:.2f}",
             " ".join(f"{value:.2f}" for value in outcome.top1),
             f"{outcome.images_per_s:,.0f}",
             f"{outcome.macs / 1e6:.2f}",
@@ -129,9 +131,8 @@ def plot(recipe: Recipe, runs: dict[str, list[Progress]], target: Path) -> None:
     axes.set(xlabel="epoch", ylabel="test top-1 (%)", title=f"{recipe.name}, {count_of} seeds")
     axes.grid(alpha=0.3)
     axes.legend()
-    part = target.with_name(f".{target.name}.part")
-    figure.savefig(part, format="png", dpi=150)
-    part.replace(target)
+    with replacing(check_target(target)) as part:
+        figure.savefig(part, format="png", dpi=150)
 
 
 def _outcome(recipe: Recipe, variant: str, runs: list[Progress]) -> Outcome:

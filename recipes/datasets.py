@@ -81,7 +81,7 @@ def open_image(path: str) -> Any:
 
     try:
         return default_loader(path)
-    except (OSError, SyntaxError) as error:
+    except Exception as error:  # Pillow's decoders raise kinds of their own
         raise DataError(f"{path}: cannot be read as an image: {error}; fetch or extract it again") from error
 
 

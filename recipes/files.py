@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from padfree.errors import PadfreeError
+from padfree.files import check_target, replacing
 
 from .recipe import Recipe
 
@@ -44,13 +45,15 @@ def load(name: str | os.PathLike[str], changes: Sequence[str] = ()) -> Recipe:
     data = _read(path)
     for change in changes:
         data = _changed(data, change)
+    where = f"{path} with {' '.join(changes)}" if changes else str(path)
+    if "name" in data:
+        raise RecipeError(f"{where}: name: a recipe is named by its file; leave this key out")
     recipe_name = str(name) if str(name) in names() else str(path)
     try:
         return Recipe.model_validate({**data, "name": recipe_name})
     except ValidationError as error:
         faults = "; ".join(_fault(item) for item in error.errors(include_url=False))
         number = f"{error.error_count()} fault" + ("s" if error.error_count() > 1 else "")
-        where = f"{path} with {' '.join(changes)}" if changes else str(path)
         raise RecipeError(f"{where}: {number}: {faults}") from None
 
 
@@ -77,10 +80,13 @@ def dump(recipe: Recipe) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: under another name first, then renamed."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    """Write a file whole or not at all.
+
+    Raises:
+        FileError: it cannot be written; what was there before is there still.
+    """
+    with replacing(check_target(path)) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def read_yaml(path: Path) -> Any:
@@ -90,11 +96,17 @@ def read_yaml(path: Path) -> Any:
         RecipeError: the file cannot be read or is no YAML.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    return _parse(text, f"{path}: not YAML")
+
+
+def _parse(text: str, fault: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # the constructors of dates, numbers and binaries raise kinds of their own
+        raise RecipeError(f"{fault}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -121,10 +133,7 @@ def _changed(data: dict[str, Any], change: str) -> dict[str, Any]:
     key, equals, text = change.partition("=")
     if not equals or not key:
         raise RecipeError(f"{change!r} is no setting; write key=value, such as optimizer.lr=0.01")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{change!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    value = _parse(text, f"{change!r}: the value is not YAML")
     changed = copy.deepcopy(data)
     *parents, last = key.split(".")
     place: Any = changed

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
+from padfree.sources import Source
 
 from .losses import orthonormal_loss
 from .parc import ParCMobileNetV2
@@ -19,7 +22,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     """The source model with fresh values from torch's current random state.
 
     Raises:
-        PadfreeError: its package is not installed, or does not know the name or an argument.
+        PadfreeError: its package is not installed, does not know the name or an argument, or would load weights.
     """
     try:
         model = _BUILDERS[spec.builder](spec)
@@ -27,13 +30,32 @@ def build_model(spec: ModelSpec) -> nn.Module:
         raise PadfreeError(
             f"builder {spec.builder} needs the package {error.name}: pip install {error.name}"
         ) from error
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # builders raise kinds of their own
         named = f" {spec.name}" if spec.name else ""
         given = f" with {spec.arguments}" if spec.arguments else ""
         raise PadfreeError(f"builder {spec.builder} cannot make{named}{given}: {error}") from error
     for path, stride in spec.strides.items():
         _set_stride(model, path, stride)
     return model
+
+
+def check_images(model: nn.Module, spec: ModelSpec) -> None:
+    """Run two empty images through a copy of a network, as training would.
+
+    Raises:
+        PadfreeError: it does not take them, or does not give a logit for each class.
+    """
+    side, name = spec.input_side, type(model).__name__
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = copy.deepcopy(model).train()(torch.zeros(2, 3, side, side))
+    except Exception as error:  # a network raises what its layers raise
+        raise PadfreeError(f"{name} does not take images of {side} pixels (model.input_side): {error}") from error
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (2, spec.num_classes):
+        raise PadfreeError(
+            f"{name} makes {shape or type(logits).__name__} of two images and must make {(2, spec.num_classes)}"
+        )
 
 
 def ghostnet_rows(stage2_stride: int = 2) -> list[list[list[float]]]:
@@ -66,10 +88,12 @@ def ghostnet_rows(stage2_stride: int = 2) -> list[list[list[float]]]:
     ]
 
 
-def _bsconv(spec: ModelSpec) -> nn.Module:
-    import bsconv.pytorch
+def _named(spec: ModelSpec) -> nn.Module:
+    return Source(spec.builder, str(spec.name), dict(num_classes=spec.num_classes, **spec.arguments)).create()
 
-    made: Any = bsconv.pytorch.get_model(spec.name, num_classes=spec.num_classes, **spec.arguments)
+
+def _bsconv(spec: ModelSpec) -> nn.Module:
+    made: Any = _named(spec)
     if hasattr(made, "reg_loss"):
         made.reg_loss = types.MethodType(orthonormal_loss, made)  # the package's own may read another copy
     model: nn.Module = made
@@ -80,20 +104,6 @@ def _bsconv_mobilenetv3(spec: ModelSpec) -> nn.Module:
     from bsconv.pytorch.mobilenet import build_mobilenet_v3
 
     model: nn.Module = build_mobilenet_v3(num_classes=spec.num_classes, **spec.arguments)
-    return model
-
-
-def _torchvision(spec: ModelSpec) -> nn.Module:
-    import torchvision
-
-    model: nn.Module = torchvision.models.get_model(spec.name, num_classes=spec.num_classes, **spec.arguments)
-    return model
-
-
-def _timm(spec: ModelSpec) -> nn.Module:
-    import timm
-
-    model: nn.Module = timm.create_model(str(spec.name), num_classes=spec.num_classes, **spec.arguments)
     return model
 
 
@@ -113,8 +123,8 @@ def _parc_mobilenetv2(spec: ModelSpec) -> nn.Module:
 _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "bsconv": _bsconv,
     "bsconv-mobilenetv3": _bsconv_mobilenetv3,
-    "torchvision": _torchvision,
-    "timm": _timm,
+    "torchvision": _named,
+    "timm": _named,
     "timm-ghostnet": _timm_ghostnet,
     "parc-mobilenetv2": _parc_mobilenetv2,
 }

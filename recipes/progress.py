@@ -6,8 +6,9 @@ import time
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .console import Console
 
 
 class ProgressBar:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from padfree.files import check_target
+
 from .bsconv_table import BSConvLine
+from .console import Console
 from .files import write_text
 from .tables import Line
 
@@ -30,6 +32,16 @@ def show_lines(lines: Sequence[Line], console: Console) -> None:
     plain_table([*headings, "top-1", ""], rows, console, names=3)
     _notes([(line, text) for line in lines for text in line.remarks], "*", "", console)
     _notes([(line, text) for line in lines for text in line.off], "OFF", "bold red", console)
+
+
+def check_json(target: str | None) -> None:
+    """Look at where `write_json` is to write, before the work is done.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    if target not in (None, "-"):
+        check_target(str(target))
 
 
 def write_json(data: Any, target: str) -> None:

@@ -13,8 +13,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
-    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -25,6 +23,9 @@ from .transforms import TRANSFORMS
 Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
 Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
 NAMED_BUILDERS = ("bsconv", "torchvision", "timm")
+
+PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # `true` is not 1
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 
 class Section(BaseModel):

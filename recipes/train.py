@@ -11,6 +11,7 @@ resumed run ends bit-equal to one that was never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -37,12 +38,15 @@ from .checkpoints import (
 from .evaluate import Scores, evaluate
 from .files import write_text
 from .loaders import eval_loader, set_epoch, train_loader
+from .locks import locked
 from .losses import orthonormal_loss
+from .models import check_images
 from .progress import ProgressBar
 from .recipe import Recipe
 from .schema import AdamWSpec, StepSpec
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
+SEEDS = 2**31  # below it, a seed plus a process's number is one for every library
 
 
 class TrainingError(PadfreeError):
@@ -56,7 +60,7 @@ class Run:
     Attributes:
         recipe: the experiment.
         variant: which of its networks.
-        seed: of the initial values, the order of the images and their augmentation.
+        seed: of the initial values, the order of the images and their augmentation; 0 .. 2^31 - 1.
         folder: of the run; by default runs/<recipe>/<variant>-seed<seed>.
         resume: go on from the folder's last checkpoint, if it has one.
         mixed_precision: "no", "bf16" or "fp16".
@@ -86,14 +90,22 @@ def train(run: Run) -> Progress:
     Raises:
         PadfreeError: recipe, data or folder are not right, or the loss is no longer finite.
     """
+    if not 0 <= run.seed < SEEDS:
+        raise TrainingError(f"--seed is {run.seed}; give 0 to {SEEDS - 1}")
+    recipe = run.recipe
+    accelerator = _accelerator(run)
+    network = recipe.build(run.variant, seed=run.seed)
+    check_images(network, recipe.model)
+    batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
+    with locked(run.path) if accelerator.is_main_process else contextlib.nullcontext():
+        _open(run, accelerator, network)
+        return _epochs(run, accelerator, network, *batches)
+
+
+def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, test_batches: Any) -> Progress:
     from accelerate.utils import set_seed
 
     recipe, folder = run.recipe, run.path
-    accelerator = _accelerator(run)
-    network = recipe.build(run.variant, seed=run.seed)
-    train_batches, test_batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
-    _open(run, accelerator, network)
-
     average = None
     if recipe.training.ema_decay is not None:
         averaging: Callable[[float], Any] = get_ema_multi_avg_fn
@@ -105,14 +117,14 @@ def train(run: Run) -> Progress:
     schedule = _schedule(recipe, optimizer)
     model, optimizer, schedule = accelerator.prepare(network, optimizer, schedule)
 
+    evaluated = average.module if average is not None else accelerator.unwrap_model(model)
     progress = read_progress(folder)
     if progress.done:
-        load_checkpoint(accelerator, folder)
-    evaluated = average.module if average is not None else accelerator.unwrap_model(model)
+        load_checkpoint(accelerator, evaluated, folder)
     epochs = recipe.training.epochs
     with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
         for number in range(progress.done + 1, epochs + 1):
-            set_seed(run.seed + 1_000_003 * number, device_specific=True)
+            set_seed(epoch_seed(run.seed, number), device_specific=True)
             set_epoch(train_batches, number)
             step = Step(recipe, accelerator, model, optimizer, average, bar, folder, number)
             scores, seconds = step.epoch(train_batches)
@@ -124,6 +136,11 @@ def train(run: Run) -> Progress:
             save_checkpoint(accelerator, evaluated, folder, progress)
     accelerator.end_training()
     return progress
+
+
+def epoch_seed(seed: int, number: int) -> int:
+    """The seed of an epoch, in the range of seeds."""
+    return (seed + 1_000_003 * number) % SEEDS
 
 
 @dataclass(frozen=True)

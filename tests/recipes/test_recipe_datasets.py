@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from padfree.recipes import load
-from padfree.recipes.datasets import DataError, build_dataset, fetch_stanford_dogs
+from padfree.recipes.datasets import DataError, build_dataset, fetch_stanford_dogs, open_image
 from padfree.recipes.recipe import Recipe
 from padfree.recipes.train import Run, train
 from PIL import Image
@@ -231,6 +231,34 @@ def test_a_transform_with_wrong_arguments_is_told(folders: Path) -> None:
     found = recipe("vegfru-292/ghostnet", folders, "data.train=[{Resize: {sides: 3}}]")
     with pytest.raises(PadfreeError, match=r"transform Resize does not take {'sides': 3}"):
         build_dataset(found, train=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ("[{RandomCrop: {size: 64}}]", r"transform RandomCrop {'size': 64} fails on a PIL image of 8x8: Required crop"),
+        ("[{Resize: {size: 0}}]", r"transform Resize {'size': 0} fails on a PIL image of 8x8: height and width"),
+        ("[{Resize: {size: -3}}]", r"transform Resize {'size': -3} fails on .*: height and width must be > 0"),
+        ("[{Normalize: {mean: [0], std: [1]}}]", r"transform Normalize .* fails on .*: .* does not support PIL images"),
+        ("[{ToTensor: {}}, {Normalize: {mean: [0, 1], std: [1, 1]}}]", r"Normalize .* fails on a tensor \(3, 8, 8\)"),
+        ("[{ToTensor: {}}, {Normalize: {mean: [0], std: [0]}}]", r"Normalize .* fails on a tensor .*division by zero"),
+        ("[{ToTensor: {x: 1}}]", r"transform ToTensor does not take {'x': 1}"),
+    ],
+)
+def test_a_transform_that_fails_is_named(steps: str, words: str) -> None:
+    with pytest.raises(PadfreeError, match=words):
+        build_dataset(load("digits/resnet20", [f"data.train={steps}"]), train=True)
+
+
+def test_every_kind_of_broken_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "image.ppm"
+    path.write_bytes(b"P6\n32")  # Pillow raises ValueError
+    with pytest.raises(DataError, match=r"image\.ppm: cannot be read as an image: Reached EOF while reading header"):
+        open_image(str(path))
+    picture(path, 0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # DecompressionBombError
+    with pytest.raises(DataError, match=r"image\.ppm: cannot be read as an image: Image size \(1600 pixels\) exceeds"):
+        open_image(str(path))
 
 
 # -- timm's readers ---------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from padfree.recipes.files import dump, find, write_text
 from torch import nn
 
 from padfree import PadfreeError
+from padfree.errors import FileError
 
 ROWS = json.loads((Path(__file__).parents[1] / "data" / "paper_rows.json").read_text())
 DIGITS = ("digits/ghostnet", "digits/mobilenetv3-large", "digits/resnet20", "digits/shufflenetv2-x1.0")
@@ -95,6 +96,10 @@ def test_every_fault_of_a_file_is_told_at_once_with_file_and_key(small: Path) ->
         ("a: [", "not YAML"),
         ("about: a\nabout: b\n", "key 'about' is given twice"),
         ("a: !!python/object/apply:os.getcwd []", "not YAML"),
+        ("a: 2020-13-45", "not YAML: month must be in 1..12"),
+        ("a: !!int abc", "not YAML: invalid literal for int"),
+        ("a: !!bool abc", "not YAML: 'abc'"),
+        ("a: " + "[" * 3000, "not YAML: maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_no_recipe_is_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -117,6 +122,8 @@ def test_what_is_no_recipe_is_refused(text: str, words: str, tmp_path: Path) -> 
             r"attention lists \['b'\], which blocks does not",
         ),
         ("schedule.name=linear", "schedule: "),
+        ("training.epochs=true", r"training.epochs: input should be a valid integer \(it is True\)"),
+        ("name=mine", "name: a recipe is named by its file; leave this key out"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(section: str, words: str, small: Path) -> None:
@@ -130,7 +137,10 @@ def test_changes_replace_settings(small: Path) -> None:
     assert load(small).training.epochs == 2
 
 
-@pytest.mark.parametrize("change", ["epochs", "=3", "about.x=1", "training.epochs=[", "training.epoch=3"])
+@pytest.mark.parametrize(
+    "change",
+    ["epochs", "=3", "about.x=1", "training.epochs=[", "training.epoch=3", "about=2020-13-45", "data={a: 1, a: 2}"],
+)
 def test_a_change_that_is_none_is_refused(change: str, small: Path) -> None:
     with pytest.raises(RecipeError):
         load(small, [change])
@@ -153,9 +163,10 @@ def test_text_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "file"
     write_text(path, "before")
     monkeypatch.setattr(Path, "write_text", _half_written)
-    with pytest.raises(OSError, match=r"disk full"):
+    with pytest.raises(FileError, match=rf"cannot write {path}: disk full"):
         write_text(path, "after")
     assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def _half_written(path: Path, text: str, **_: object) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from padfree.recipes import load, names
 from padfree.recipes.losses import orthonormal_loss
+from padfree.recipes.train import Run, train
 from padfree.recipes.variants import variants
 from torch import nn
 
@@ -121,6 +122,44 @@ def test_what_cannot_be_built_is_told(change: str, words: str, small: Path) -> N
     variant = "efficientformerv2" if change.startswith("eff") else "original"
     with pytest.raises(PadfreeError, match=words):
         load(small, [change]).build(variant)
+
+
+@pytest.mark.parametrize(
+    ("builder", "name", "argument", "words"),
+    [
+        ("timm", "resnet18", "global_pool: nope", "AssertionError: Invalid pool type: nope"),
+        ("timm", "resnet18", "checkpoint_path: /nowhere", "may not set 'checkpoint_path'"),
+        ("timm", "resnet18", "pretrained: true", "may not set 'pretrained': it builds a network without weights"),
+        ("torchvision", "resnet18", "weights: DEFAULT", "may not set 'weights'"),
+        ("timm", "hf-hub:timm/resnet18", "in_chans: 3", "timm has no model 'hf-hub:timm/resnet18'"),
+    ],
+)
+def test_what_a_library_refuses_or_would_download_is_told(
+    builder: str, name: str, argument: str, words: str, small: Path
+) -> None:
+    changes = [f"model.builder={builder}", f"model.name={name}", f"model.arguments={{{argument}}}"]
+    with pytest.raises(PadfreeError, match=rf"builder {builder} cannot make {name} with .*: .*{words}"):
+        load(small, changes).build("original")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "words"),
+    [
+        (
+            "vit_tiny_patch16_224",
+            "img_size: 32",
+            r"does not take images of 16 pixels \(model.input_side\): Input height",
+        ),
+        ("resnet18", "features_only: true", r"makes list of two images and must make \(2, 10\)"),
+    ],
+)
+def test_a_network_of_another_size_is_told_before_there_is_a_run(
+    name: str, argument: str, words: str, small: Path, tmp_path: Path
+) -> None:
+    changes = ["model.builder=timm", f"model.name={name}", f"model.arguments={{{argument}}}"]
+    with pytest.raises(PadfreeError, match=words):
+        train(Run(load(small, changes), "original", folder=tmp_path / "run", cpu=True, quiet=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_parc_takes_whole_maps_only() -> None:

@@ -165,7 +165,7 @@ def test_a_half_written_checkpoint_is_no_checkpoint(small: Path, tmp_path: Path)
     assert not part.exists()
     optimizer = checkpoints(folder)[-1] / "optimizer.bin"
     optimizer.write_bytes(optimizer.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"epoch-0001 is damaged \(.*\); remove it to go on from the one before"):
+    with pytest.raises(RunError, match=r"epoch-0001 is damaged \(.*\); there is none before it, so train into another"):
         run(small, folder, "training.epochs=1", resume=True)
     (checkpoints(folder)[-1] / "progress.json").write_text("{")
     with pytest.raises(RunError, match=r"epoch-0001 is damaged"):
