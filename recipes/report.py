@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from padfree.files import check_target
+from padfree.writing import check_target
 
 from .bsconv_table import BSConvLine
 from .console import Console
