@@ -6,13 +6,15 @@
 if pooling, adding, concatenating, norms and activations cost nothing. `free` runs the whole network, but its new pools
 and sums return at once with a map of the right shape; `copy` lets each pool copy as many bytes as it must read and
 write, and the sums add. No code for pools and sums brings a ratio of `benchmarks.latency` below `free`, and none that
-stands apart from the convolution below `copy`. The last table times one 1x1 convolution on the even map of the
+stands apart from the convolution below `copy`. For `--graphs`, ONNX Runtime and `torch.compile`, `free` is the network
+written or compiled without its new pools and sums. The last table times one 1x1 convolution on the even map of the
 original and the odd map that follows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import statistics
 import warnings
@@ -24,9 +26,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import interleaved, machine, progress, ratio, title, write
-from benchmarks.latency import BATCHES, NETWORKS, PAPER, SIDES, Call, NotHere, build, pools
+from benchmarks.latency import BATCHES, NETWORKS, PAPER, SIDES, Call, NotHere, build, pools, runner
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+GRAPHS = ("onnxruntime", "compile")
 POINTWISE = [(160, 960, 4, 3), (112, 672, 8, 7), (40, 120, 16, 15), (24, 72, 32, 31)]  # in, out, before, after
 
 
@@ -112,6 +115,42 @@ def whole(original: nn.Module, converted: nn.Module, image: torch.Tensor, rounds
     return {key: ratio(timings, key, "original") for key in calls if key != "original"}
 
 
+def graphs(original: nn.Module, converted: nn.Module, image: torch.Tensor, runtime: str, rounds: int) -> dict[str, Any]:
+    """Padfree over original where a graph is run: as it is, and without pools and sums."""
+
+    def nothing(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in x.shape[2:])
+        return x if stride == 1 else x[:, :, :height, :width]
+
+    def left_out() -> contextlib.AbstractContextManager[None]:
+        return pools(nothing, lambda y, pooled: y)
+
+    side = image.shape[-1]
+    with torch.no_grad():
+        calls = dict(runner(original, converted, side, runtime)(image))
+        with left_out():  # an ONNX file is written here, a graph is compiled at its first call
+            bare = runner(original, converted, side, runtime)(image)["padfree"]
+
+        def free() -> None:
+            with left_out():
+                bare()
+
+        timings = interleaved({**calls, "free": free}, rounds)
+    return {"now": ratio(timings, "padfree", "original"), "free": ratio(timings, "free", "original")}
+
+
+def graph_table(rows: list[dict[str, Any]]) -> str:
+    """The Markdown table of the graph runtimes, with geometric means."""
+    lines = ["| runtime | side | batch | network | now | free |", "|---|---|---|---|---|---|"]
+    for where in dict.fromkeys((row["runtime"], row["side"], row["batch"]) for row in rows):
+        here = [row for row in rows if (row["runtime"], row["side"], row["batch"]) == where]
+        figures = [(row["network"], row["now"]["median"], row["free"]["median"]) for row in here]
+        means = [statistics.geometric_mean(column) for column in zip(*(line[1:] for line in figures), strict=True)]
+        for name, now, free in [*figures, ("geometric mean", *means)]:
+            lines.append(f"| {' | '.join(map(str, where))} | {name} | {now:.2f} | {free:.2f} |")
+    return "\n".join(lines)
+
+
 def measure(name: str, side: int, batch: int, rounds: int) -> dict[str, Any]:
     """Counts and times of one network."""
     original, converted = build(name, side)
@@ -180,12 +219,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _in_graphs(name: str, side: int, batch: int, runtimes: list[str], rounds: int) -> list[dict[str, Any]]:
+    image = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
+    rows: list[dict[str, Any]] = []
+    for runtime in runtimes:
+        torch.compiler.reset()
+        found = graphs(*build(name, side), image, runtime, rounds)
+        rows.append({"network": name, "side": side, "batch": batch, "runtime": runtime, **found})
+        progress(f"{name} {side} {batch} {runtime}: {found}")
+    return rows
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=PAPER)
     parser.add_argument("--sides", nargs="+", type=int, choices=SIDES, default=SIDES)
     parser.add_argument("--batches", nargs="+", type=int, help="default: those of benchmarks.latency")
+    parser.add_argument("--graphs", nargs="*", choices=GRAPHS, default=[], help="these runtimes alone")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", metavar="FILE", help="every figure")
     arguments = parser.parse_args()
@@ -197,11 +248,17 @@ def main() -> None:
         for batch in arguments.batches or BATCHES[side]:
             for name in arguments.networks:
                 try:
+                    if arguments.graphs:
+                        rows += _in_graphs(name, side, batch, arguments.graphs, arguments.rounds)
+                        continue
                     rows.append(measure(name, side, batch, arguments.rounds))
                     progress(f"{name} {side} {batch}: {rows[-1]}")
                 except NotHere as reason:
                     progress(f"{name} {side}: left out: {reason}")
-    print(f"Padding-free over original on {title(about)}.\n\n{table(rows)}")
+    print(f"Padding-free over original on {title(about)}.\n\n{graph_table(rows) if arguments.graphs else table(rows)}")
+    if arguments.graphs:
+        write({"machine": about, "graphs": rows}, arguments.json)
+        return
     points = pointwise(arguments.rounds)
     print("\n| 1x1 conv, batch 1 | maps | layout | multiply-adds | time |\n|---|---|---|---|---|")
     for point in points:
