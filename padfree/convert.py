@@ -98,11 +98,12 @@ def convert(
         NothingToConvertError: nothing matches, saying what was looked at.
         PadfreeError: the model or an argument is refused, with the reason.
     """
+    rules = None if rules is None else tuple(rule.name for rule in get_rules(rules))
     made, operations = _plan(model, rules, include, exclude, options, input_size)
     if not made.matches:
         if is_converted(model):
             return model
-        raise NothingToConvertError(_nothing(model, made))
+        raise NothingToConvertError(_nothing(model, made, rules))
     return _finish(model, operations, made, inplace)
 
 
@@ -224,7 +225,7 @@ def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inp
     return target
 
 
-def _nothing(model: nn.Module, made: Plan) -> str:
+def _nothing(model: nn.Module, made: Plan, rules: tuple[str, ...] | None) -> str:
     size = "x".join(map(str, made.input_size))
     found = list(
         dict.fromkeys(f"{f'`{skip.name}`' if skip.name else 'its own forward'}: {skip.reason}" for skip in made.skips)
@@ -233,5 +234,8 @@ def _nothing(model: nn.Module, made: Plan) -> str:
     more = f" (and {len(found) - 6} more)" if len(found) > 6 else ""
     kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Conv")}
     what = f"its convolutions are {', '.join(sorted(kinds))}" if kinds else "it has no convolution modules"
-    seen = seen or f"no 2-D convolution with an odd kernel of at least 3 and stride 2, and no stem to follow; {what}"
+    lacking = "no 2-D convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
+    if rules is not None:
+        lacking = f"no place for {' or '.join(map(repr, rules))}, the only rules asked for"
+    seen = seen or f"{lacking}; {what}"
     return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"

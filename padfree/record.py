@@ -31,6 +31,9 @@ class ForwardFailedError(Exception):
         self.cause = cause
 
 
+_MOST_CHANNELS = 16  # of an image
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of one module: the values that went in and out and the operations in between.
@@ -158,7 +161,7 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     first = next((conv for conv in convs if isinstance(conv, nn.Conv2d)), None)
     if convs and first is None and len(size) == 3:
         return (size[0], 16, *size[1:])  # a video network
-    if first is None or first.in_channels > 16 or len(size) != 3:
+    if first is None or first.in_channels > _MOST_CHANNELS or len(size) != 3:
         return size
     return (first.in_channels, *size[1:])
 
@@ -193,10 +196,11 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
         return _run_on(model, like.input_size, like.example, like.meta)
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
     skeleton = meta_copy(model)
-    try:
-        return _run(skeleton, size, meta=True)
-    except Exception:  # whatever it was: real tensors either run, or say what is wrong
-        pass
+    for channels in dict.fromkeys((size[0], *(_channels(model) if input_size is None else ()))):
+        try:
+            return _run(skeleton, (channels, *size[1:]), meta=True)
+        except Exception:  # whatever it was: real tensors either run, or say what is wrong
+            continue
     try:
         return _run(bare_copy(model), size, meta=False)
     except Exception as error:
@@ -205,6 +209,13 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
             f"{type(model).__name__} does not run on a {shape} input: {first_line(error)}. "
             "Hint: pass input_size=(C, H, W) that the model takes"
         ) from error
+
+
+def _channels(model: nn.Module) -> Iterator[int]:
+    """Channels of an image that some convolution may read: the one registered first need not be the first to run."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)) and module.in_channels <= _MOST_CHANNELS:
+            yield module.in_channels
 
 
 def example_inputs(model: nn.Module, size: tuple[int, ...], meta: bool) -> Iterator[tuple[Any, ...]]:

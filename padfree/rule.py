@@ -141,7 +141,7 @@ def rules(names: Iterable[str] | None = None) -> tuple[Rule, ...]:
     if names is None:
         return tuple(rule for rule in _RULES.values() if rule.default)
     wanted: tuple[Any, ...] = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
-    unknown = [name for name in wanted if name not in _RULES]
+    unknown = [name for name in wanted if not isinstance(name, str) or name not in _RULES]
     if unknown or not wanted:
         raise PadfreeError(
             f"unknown rule {', '.join(map(repr, unknown)) or '(none given)'}; there are {', '.join(_RULES)}"

@@ -258,3 +258,36 @@ def test_extra_state_that_is_no_tensor() -> None:
 
     made = convert(Net(Extra()))
     assert made.state_dict()["block._extra_state"] == {"epoch": 3}
+
+
+def test_the_first_conv_registered_need_not_be_the_first_to_run() -> None:
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(8, 2, 1)
+            self.body = Net(Unit())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x))  # type: ignore[no-any-return]
+
+    assert padfree.plan(HeadFirst()).input_size == (3, 224, 224)
+
+
+def test_rules_that_find_no_place_are_named() -> None:
+    with pytest.raises(padfree.PadfreeError, match="no place for 'projection', the only rules asked for"):
+        convert(Net(Unit()), rules=("projection",))
+    with pytest.raises(padfree.PadfreeError, match="unknown rule"):
+        convert(Net(Unit()), rules=[["depthwise"]])
+
+
+def test_a_stem_that_runs_twice_is_told_from_two_stems() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Net(Unit())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) + self.body(x * 0.5)  # type: ignore[no-any-return]
+
+    reasons = {skip.name: skip.reason for skip in padfree.plan(Twins(), input_size=(3, 16, 16)).skips}
+    assert "reads the input 2 times" in reasons["body.stem"]

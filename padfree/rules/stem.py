@@ -73,6 +73,8 @@ def _out_of_scope(sites: Sites, conv: Conv, site: Site) -> str:
     kernel, stride = conv.kernel, conv.stride
     one = {part.op for part in (*site.convs, *site.points, *site.paired)}
     others = [part for part in sites.first if part.op not in one]
+    if others and all(part.path == conv.path for part in others):
+        return f"it reads the input {len(others) + 1} times, and a hybrid stem follows one call"
     if others:
         return f"{len(others) + 1} separate convs read the input (`{others[0].path}` too); a hybrid stem follows one"
     if kernel[0] % 2 == 0 or kernel[0] < 3 or kernel[0] <= stride[0]:
