@@ -205,9 +205,11 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
         return _run(bare_copy(model), size, meta=False)
     except Exception as error:
         shape = "x".join(map(str, size))
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         raise PadfreeError(
-            f"{type(model).__name__} does not run on a {shape} input: {first_line(error)}. "
-            "Hint: pass input_size=(C, H, W) that the model takes"
+            f"{type(model).__name__} does not run on a {shape} input{', without its hooks,' if hooked else ''}: "
+            f"{first_line(error)}. Hint: pass input_size=(C, H, W) that the model takes"
+            f"{', and let no hook make what the forward needs' if hooked else ''}"
         ) from error
 
 

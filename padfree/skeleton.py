@@ -107,11 +107,18 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         )
     copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
     for module in duplicate.modules():
-        for name, value in list(module.__dict__.items()):
-            rebound = _rebind(value, copied)
-            if rebound is not value:
-                module.__dict__[name] = rebound
+        _rebind_in(module.__dict__, copied)
     return duplicate
+
+
+def _rebind_in(held: Any, copied: dict[int, nn.Module]) -> None:
+    """Rebind what a module holds, also in its plain containers, such as those of its hooks."""
+    items = list(held.items()) if isinstance(held, dict) else list(enumerate(held))
+    for key, value in items:
+        if type(value) in (dict, OrderedDict, list):
+            _rebind_in(value, copied)
+        elif (rebound := _rebind(value, copied)) is not value:
+            held[key] = rebound
 
 
 def _computed(tree: Any) -> Iterator[torch.Tensor]:

@@ -175,7 +175,7 @@ def expect_argument(found: Any, expected: Any, name: str) -> None:
     if not (found is expected or found == expected):
         raise RuntimeError(
             f"this converted block was traced with {name}={expected!r} and got {found!r}; "
-            "convert the model with a forward that passes it so"
+            "call it so, or move its layers into a child module that is called one way only, and convert again"
         )
 
 

@@ -273,6 +273,39 @@ def test_the_first_conv_registered_need_not_be_the_first_to_run() -> None:
     assert padfree.plan(HeadFirst()).input_size == (3, 224, 224)
 
 
+class Gains(Net):
+    """Hooks and tables of its own functions that read the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__(Unit())
+        self.gain = nn.Parameter(torch.ones(()))
+        self.heads = {"mean": [lambda y: self.gain * y.mean()]}
+        self.block.register_forward_hook(lambda module, inputs, output: output * self.gain)
+
+
+def test_functions_in_hooks_and_containers_read_the_copy() -> None:
+    model = Gains()
+    made = convert(model)
+    (made(images()).sum() + made.heads["mean"][0](images())).backward()
+    assert made.gain.grad is not None and model.gain.grad is None
+    (model(images()).sum() + model.heads["mean"][0](images())).backward()
+    assert model.gain.grad is not None
+
+
+def test_a_forward_that_needs_its_hooks_is_told_so() -> None:
+    class Taps(Net):
+        def __init__(self) -> None:
+            super().__init__(Unit())
+            self.seen: list[Tensor] = []
+            self.block.register_forward_hook(lambda module, inputs, output: self.seen.append(output))
+
+        def forward(self, x: Tensor) -> Any:
+            super().forward(x)
+            return self.seen.pop()
+
+    assert "without its hooks" in refusal(Taps())
+
+
 def test_rules_that_find_no_place_are_named() -> None:
     with pytest.raises(padfree.PadfreeError, match="no place for 'projection', the only rules asked for"):
         convert(Net(Unit()), rules=("projection",))
