@@ -158,6 +158,8 @@ def _program(
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     example = torch.rand((_TRACED_BATCH, *size), device=tensor.device).to(tensor.dtype)
+    if dynamic_sides:
+        _check_untied(model, size, example)
     free = [0] + (list(range(2, len(size) + 1)) if dynamic_sides else [])
     shapes = {axis: torch.export.Dim.DYNAMIC for axis in free}
     try:
@@ -168,8 +170,36 @@ def _program(
     return program, size
 
 
+def _check_untied(model: nn.Module, size: tuple[int, ...], example: torch.Tensor) -> None:
+    """Ask the network itself for another size, which is quick: the tracer may take hours to find out.
+
+    Raises:
+        PadfreeError: it takes the size it is exported at, and not a larger one.
+    """
+    larger = _larger(size)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            model(example.new_zeros((_TRACED_BATCH, *larger)))
+            return
+        except Exception as error:  # the model's own code, which may raise anything
+            place, why = _place(_deepest(model, error)), first_line(error)
+        try:
+            model(example)
+        except Exception:  # it takes neither: the export says why
+            return
+    raise PadfreeError(f"{type(model).__name__} takes {_by(size)} and not {_by(larger)}: {place}{why}. {_HINT}")
+
+
+def _larger(size: tuple[int, ...]) -> tuple[int, ...]:
+    return (*size[:-2], size[-2] + _LARGER[0], size[-1] + _LARGER[1])
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size))
+
+
 def _export_failure(model: nn.Module, error: Exception, size: tuple[int, ...], dynamic_sides: bool) -> str:
-    shape = "x".join(map(str, size))
+    shape = _by(size)
     place = _place(_deepest(model, error))
     text = f"{type(model).__name__} cannot be exported at {shape}: {place}{_cause(error)}"
     return f"{text}. {_HINT}" if dynamic_sides else text
@@ -230,15 +260,14 @@ def _check_onnx(path: Path, model: nn.Module, size: tuple[int, ...], dynamic_sid
         ) from error
     _compare_onnx(session, model, size, "")
     if dynamic_sides:
-        other = (*size[:-2], size[-2] + _LARGER[0], size[-1] + _LARGER[1])
-        _compare_onnx(session, model, other, f". {_HINT}")
+        _compare_onnx(session, model, _larger(size), f". {_HINT}")
 
 
 def _compare_onnx(session: Any, model: nn.Module, size: tuple[int, ...], hint: str) -> None:
     """Compare on one random image of `size`; with a `hint` the model itself need not take that size."""
     tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     image = torch.rand((1, *size), generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
-    shape = "x".join(map(str, size))
+    shape = _by(size)
     try:
         with torch.no_grad():
             expected = [t.cpu() for t in _leaves(model(image.to(tensor.device)))]

@@ -289,3 +289,29 @@ def test_an_export_that_fails_says_so_in_one_short_line_and_prints_nothing(tmp_p
         to_onnx(Chosen().eval(), tmp_path / "a.onnx", (3, 8, 8), dynamic_sides=False)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
     assert capfd.readouterr() == ("", "")
+
+
+class Sevenfold(nn.Module):
+    """Windows of 7x7 pixels: the map must be made of whole ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 4, 3, 2, 1), nn.Identity()
+
+    def forward(self, x):
+        y = self.inner(self.conv(x))
+        assert y.shape[-1] % 7 == 0, "whole windows"
+        return y.unflatten(-1, (-1, 7)).mean((-1, -2, -3))
+
+
+def test_a_network_tied_to_its_windows_is_known_before_it_is_traced(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("traced")
+
+    model = Sevenfold().eval()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.export, "export", never)
+        with pytest.raises(padfree.PadfreeError, match=r"takes 3x28x28 and not 3x60x92: .*whole windows.*--fixed-sides"):
+            to_onnx(model, tmp_path / "a.onnx", (3, 28, 28))
+        with pytest.raises(padfree.PadfreeError, match="traced"):
+            to_onnx(model, tmp_path / "a.onnx", (3, 28, 28), dynamic_sides=False)
