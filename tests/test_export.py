@@ -311,7 +311,9 @@ def test_a_network_tied_to_its_windows_is_known_before_it_is_traced(tmp_path, mo
     model = Sevenfold().eval()
     with monkeypatch.context() as patched:
         patched.setattr(torch.export, "export", never)
-        with pytest.raises(padfree.PadfreeError, match=r"takes 3x28x28 and not 3x60x92: .*whole windows.*--fixed-sides"):
+        with pytest.raises(
+            padfree.PadfreeError, match=r"takes 3x28x28 and not 3x60x92: .*whole windows.*--fixed-sides"
+        ):
             to_onnx(model, tmp_path / "a.onnx", (3, 28, 28))
         with pytest.raises(padfree.PadfreeError, match="traced"):
             to_onnx(model, tmp_path / "a.onnx", (3, 28, 28), dynamic_sides=False)
