@@ -30,6 +30,7 @@ from padfree.recorder import (
     repeat_batch,
     storage,
 )
+from padfree.state import in_mode
 
 
 def bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -92,21 +93,19 @@ def link(
     module = recording.modules[call.path]
     names = {storage(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
     for training in (True, False):
-        _set_training(module, training)
         try:
-            arguments = repeat_batch(call.arguments) if training else call.arguments
-            original = _run_original(module, arguments, names)
-            traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
-            if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
+            with in_mode(module.modules(), training):
+                arguments = repeat_batch(call.arguments) if training else call.arguments
+                original = _run_original(module, arguments, names)
                 traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
+                if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
+                    traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
         except Refusal:
             raise
         except Exception as error:
             if training and original_fails(module, call, names):
                 continue
             raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
-        finally:
-            _set_training(module, False)
         if original.result != traced.result:
             raise Refusal(
                 f"the forward of {where} returns {_named(original.result)}, and a generated one would return "
@@ -163,13 +162,11 @@ def _restore_in_place(original: list[Op], traced: list[Op], nodes: list[fx.Node]
 
 def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool:
     """Whether the original itself cannot run in train mode on the recorded shapes."""
-    _set_training(module, True)
     try:
-        _run_original(module, repeat_batch(call.arguments), names)
-    except Exception:
+        with in_mode(module.modules(), True):
+            _run_original(module, repeat_batch(call.arguments), names)
+    except Exception:  # the user's own code, which may raise anything
         return True
-    finally:
-        _set_training(module, False)
     return False
 
 
@@ -231,8 +228,3 @@ def _value_table(call: Call, recorded: tuple[Op, ...], local: list[Op]) -> dict[
     for ours, theirs in zip(local, recorded, strict=True):
         table.update(zip(ours.outputs, theirs.outputs, strict=True))
     return table
-
-
-def _set_training(module: nn.Module, training: bool) -> None:
-    for child in module.modules():
-        child.training = training

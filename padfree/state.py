@@ -14,7 +14,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -129,6 +129,19 @@ def alike(a: Any, b: Any) -> bool:
     if type(a) is tuple:
         return len(a) == len(b) and all(map(alike, a, b))
     return (type(a) in SIMPLE or type(a) is _Mark) and bool(a == b)
+
+
+@contextmanager
+def in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+    """Modules in this mode, past a `train` of their own, which may do anything and return nothing."""
+    before = [(module, module.training) for module in modules]
+    for module, _ in before:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
 
 
 def asks_for_mode(kind: type) -> bool:

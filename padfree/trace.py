@@ -30,6 +30,7 @@ from padfree.link import bind, holds_tensor, link
 from padfree.record import Call, Recording
 from padfree.recorder import first_line
 from padfree.spy import Locked, Spy
+from padfree.state import in_mode
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class BlockTracer(fx.Tracer):
             if parameter.kind is parameter.KEYWORD_ONLY:
                 by_name.append(parameter.name)
             if isinstance(value, enum.Enum):
-                raise Refusal(f"it takes the enum member {value!r}, which a generated forward cannot compare with")
+                raise TypeError(f"it takes the enum member {value!r}, which a generated forward cannot compare with")
             if value is None or isinstance(value, (bool, str)):
                 self.create_proxy("call_function", expect_argument, (proxy, value, parameter.name), {})
                 args.append(value)
@@ -191,7 +192,7 @@ def expect_length(found: Any, expected: int, name: str) -> None:
 def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for _ in range(_TRIES):
         chance = _random_states()
-        with _mode(spy.module, training):
+        with in_mode(list(spy.module.modules())[1:], training):
             graph = _trace_once(spy, call, training, where)
         if _random_states() == chance:
             return graph
@@ -211,7 +212,7 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
             break
         except Exception as error:
             failure = failure or error
-            spy.watch.changed()
+            spy.watch.changed()  # what it got done has to be undone all the same
     else:
         assert failure is not None
         raise Refusal(
@@ -228,20 +229,6 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for node in graph.nodes:
         node.type = None  # annotations may name what only the block's own file imports
     return graph
-
-
-@contextmanager
-def _mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The children in this mode, which a forward may read or set."""
-    children = list(module.modules())[1:]
-    before = [child.training for child in children]
-    for child in children:
-        child.training = training
-    try:
-        yield
-    finally:
-        for child, mode in zip(children, before, strict=True):
-            child.training = mode
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:

@@ -18,7 +18,7 @@ from torch import nn
 from padfree.errors import Refusal
 from padfree.record import ForwardFailedError, Recording, record
 from padfree.recorder import Op, Ref, repeat_batch
-from padfree.state import asks_for_mode
+from padfree.state import asks_for_mode, in_mode
 
 _ADAPTIVE = ("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 _COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
@@ -69,17 +69,15 @@ def _check_training(original: Recording, converted: nn.Module) -> None:
     """Branches that run in training only, such as auxiliary heads."""
     like = replace(original, example=repeat_batch(original.example))
     try:
-        record(original.model.train(), like=like)
+        with in_mode(original.model.modules(), True):
+            record(original.model, like=like)
     except ForwardFailedError:  # it wants labels, say: nothing to compare with
         return
-    finally:
-        original.model.eval()
     try:
-        record(converted.train(), like=like)
+        with in_mode(converted.modules(), True):
+            record(converted, like=like)
     except ForwardFailedError as error:
         raise Refusal(f"in train mode {_blame(original, error)}") from error
-    finally:
-        converted.eval()
 
 
 def _counts(recording: Recording) -> bool:
@@ -128,33 +126,35 @@ def _resizing(recording: Recording) -> Counter[tuple[str, str]]:
 
 def _check_places(before: Recording, after: Recording) -> None:
     """Tables and indices that a model keeps mean places of a map: of another map they would mean others."""
-    sides = {side for value in before.values if len(value.shape) == 4 for side in value.shape[2:]}
+    sides = {side for value in before.values if value.live and len(value.shape) == 4 for side in value.shape[2:]}
     were, are = _readings(before), _readings(after)
     for place, now in are.items():
-        for old, new in zip(were.get(place, [None] * len(now)), now, strict=False):  # a whole table is not cut
-            length = new.of[0] if old is None else old.length
-            if length == new.length or (old is not None and old.of != new.of) or (length in sides and not new.index):
+        whole = [replace(reading, length=reading.of[0]) for reading in now if not reading.index]  # no operation cuts it
+        for old, new in zip(were.get(place, whole), now, strict=False):
+            if old.length == new.length or old.of != new.of or (old.length in sides and not new.index):
                 continue
             what = f"by {new.of} indices of its own a map of" if new.index else "from a table of its own"
             where = f"`{place[1]}`" if place[1] else "the model's own forward"
-            raise Refusal(f"{where} reads {what} {length} places, and there would be {new.length}")
+            raise Refusal(f"{where} reads {what} {old.length} places, and there would be {new.length}")
 
 
 @dataclass(frozen=True)
 class _Reading:
     """Rows read from a table, `of` all of them; or a map's rows that kept indices, of shape `of`, pick from."""
 
+    table: str
     index: bool
     length: int
     of: tuple[int, ...]
 
 
-def _readings(recording: Recording) -> dict[tuple[str, str], list[_Reading]]:
-    found: dict[tuple[str, str], list[_Reading]] = {}
+def _readings(recording: Recording) -> dict[tuple[str, str, str], list[_Reading]]:
+    """By kind of operation, module and table."""
+    found: dict[tuple[str, str, str], list[_Reading]] = {}
     for op in recording.ops:
         reading = _reading(recording, op)
         if reading is not None:
-            found.setdefault((op.kind, _path(recording, op)), []).append(reading)
+            found.setdefault((op.kind, _path(recording, op), reading.table), []).append(reading)
     return found
 
 
@@ -165,9 +165,9 @@ def _reading(recording: Recording, op: Op) -> _Reading | None:
     data = recording.values[args[0].value]
     if op.kind == "slice" and data.name and not data.live:
         axis = args[1] if len(args) > 1 else 0
-        return _Reading(False, recording.values[op.outputs[0]].shape[axis], (data.shape[axis],))
+        return _Reading(data.name, False, recording.values[op.outputs[0]].shape[axis], (data.shape[axis],))
     if op.kind == "embedding" and len(args) > 1 and not recording.values[args[1].value].live:
-        return _Reading(False, math.prod(recording.values[args[1].value].shape), data.shape[:1])
+        return _Reading(data.name, False, math.prod(recording.values[args[1].value].shape), data.shape[:1])
     if not data.live:
         return None
     if op.kind in ("index_select", "gather"):
@@ -179,7 +179,7 @@ def _reading(recording: Recording, op: Op) -> _Reading | None:
     for axis, ref in picked:
         indices = recording.values[ref.value]
         if not indices.live:
-            return _Reading(True, data.shape[axis], indices.shape)
+            return _Reading("", True, data.shape[axis], indices.shape)
     return None
 
 

@@ -67,6 +67,31 @@ def test_places_of_another_map_are_refused(kind: type[nn.Module], words: str) ->
     assert words in refusal(kind())
 
 
+class TwoTables(CutTable):
+    """Another table is cut before and after; that hides nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.Parameter(torch.randn(1, 99, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gains[:, :10].mean()
+
+
+def test_a_table_cut_anyway_does_not_hide_another() -> None:
+    assert "from a table of its own 64 places, and there would be 49" in refusal(TwoTables())
+
+
+class IndexedAnew(Tokens):
+    """Only a map of another size is indexed at all, by as many indices as it has places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.tokens(x)
+        if tokens.shape[1] != 64:
+            tokens = tokens[:, torch.arange(tokens.shape[1], device=x.device)]
+        return tokens.mean(1)
+
+
 class ByAxis(Tokens):
     """A table with a row for each line of the map has no row too many to be misread."""
 
@@ -85,7 +110,7 @@ class Computed(Tokens):
         return tokens[:, torch.arange(tokens.shape[1] // 2, device=x.device)].mean(1)
 
 
-@pytest.mark.parametrize("kind", [ByAxis, Computed])
+@pytest.mark.parametrize("kind", [ByAxis, Computed, IndexedAnew])
 def test_what_follows_the_map_is_converted(kind: type[nn.Module]) -> None:
     made = convert(kind().eval())
     assert isinstance(made(images()), Tensor)
@@ -117,6 +142,15 @@ class Labels(Net):
             assert labels is not None
             return y.mean((2, 3)), labels
         return y
+
+
+class SilentTrain(Auxiliary):
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+
+
+def test_a_train_that_returns_nothing_is_not_asked() -> None:
+    assert "in train mode `head` takes" in refusal(SilentTrain(8))
 
 
 def test_a_training_mode_that_wants_labels_is_left_aside() -> None:
