@@ -5,10 +5,11 @@ Without a C compiler the installation succeeds and the pools run on torch's oper
 
 import sys
 import sysconfig
+from glob import glob
 
 from setuptools import Extension, setup
 
-UNIX = ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-std=c11"]
+UNIX = ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-std=c11"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none yet, and goes without
 
@@ -16,8 +17,8 @@ setup(
     ext_modules=[
         Extension(
             "padfree._maxpool",
-            ["padfree/_maxpool.c", "padfree/_maxpool_training.c"],
-            depends=["padfree/_maxpool.h"],
+            sorted(glob("padfree/*.c")),
+            depends=sorted(glob("padfree/*.h")),
             extra_compile_args=[] if sys.platform == "win32" else UNIX + OPENMP,
             extra_link_args=OPENMP,
             py_limited_api=STABLE_ABI,

@@ -27,7 +27,7 @@ from torch import nn
 
 import padfree
 from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
-from padfree import pooling
+from padfree import onepass, pooling
 
 PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
 NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
@@ -76,13 +76,16 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
 
 @contextlib.contextmanager
 def pools(pool: Callable[..., torch.Tensor], add: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Every pool and every sum of converted networks by these functions (of `padfree.pooling`'s signatures)."""
-    usual = pooling._pool, pooling._add
-    pooling._pool, pooling._add = pool, add
+    """Every pool and every sum of converted networks by these functions (of `padfree.pooling`'s signatures).
+
+    The convolutions, norms and activations beside them run as modules, one by one.
+    """
+    usual = pooling._pool, pooling._add, onepass._plainly_computing
+    pooling._pool, pooling._add, onepass._plainly_computing = pool, add, lambda x: False
     try:
         yield
     finally:
-        pooling._pool, pooling._add = usual
+        pooling._pool, pooling._add, onepass._plainly_computing = usual
 
 
 def plain_pools() -> contextlib.AbstractContextManager[None]:

@@ -18,8 +18,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ _KINDS = {  # what an operator's name begins with, by kind; the first that fits 
     "matrix product": ("mm", "addmm", "bmm", "gemm", "matmul", "linear"),
     "norm": ("native_batch_norm", "batchnorm"),
     "max-pool": ("max_pool", "maxpool", "maximum"),
+    "one pass": (),  # of the C extension: depthwise convolution, norm, activation, max-pool, sum
     "concatenation": ("cat", "concat"),
     "sum": ("add",),
     "layout": ("copy", "clone", "reorder", "transpose"),
@@ -52,22 +54,26 @@ def kind_of(operator: str) -> str:
 
 
 @contextlib.contextmanager
-def _extension_timed() -> Iterator[list[float]]:
-    """Seconds of each call of the C extension, which is no operator of torch's and so unseen by its profiler."""
-    quick, calls = native.max_pool, list[float]()
+def _extension_timed() -> Iterator[Counter[str]]:
+    """Microseconds in the C extension by kind: it is no operator of torch's, and so unseen by its profiler."""
+    spent: Counter[str] = Counter()
 
-    def timed(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
-        begun = time.perf_counter()
-        try:
-            return quick(x, kernel, stride, padding)
-        finally:
-            calls.append(time.perf_counter() - begun)
+    def timed(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                spent[kind] += round(1e6 * (time.perf_counter() - begun))
 
-    native.max_pool = timed
+        return run
+
+    usual = native.max_pool, native.depthwise
+    native.max_pool, native.depthwise = timed(usual[0], "max-pool"), timed(usual[1], "one pass")
     try:
-        yield calls
+        yield spent
     finally:
-        native.max_pool = quick
+        native.max_pool, native.depthwise = usual
 
 
 def eager(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:
@@ -75,17 +81,17 @@ def eager(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:
     from torch.profiler import ProfilerActivity, profile
 
     totals: dict[str, list[float]] = defaultdict(list)
-    with torch.inference_mode(), _extension_timed() as pooled:
+    with torch.inference_mode(), _extension_timed() as extension:
         for _ in range(3):
             model(x)
         for _ in range(runs):
-            pooled.clear()
+            extension.clear()
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 model(x)
             once: Counter[str] = Counter()
             for event in profiler.key_averages():
                 once[kind_of(event.key)] += event.self_cpu_time_total
-            once["max-pool"] += round(1e6 * sum(pooled))
+            once.update(extension)
             for kind, microseconds in once.items():
                 totals[kind].append(microseconds)
     return Counter({kind: _lower(times) for kind, times in totals.items()})

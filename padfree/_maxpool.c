@@ -6,13 +6,7 @@
  */
 #include "_maxpool.h"
 
-enum { GROUP = 16, VECTOR = 16, SLACK = 32 };
-typedef struct {
-    shape s;
-    const float *in, *end;
-    float *out;
-    size pitch;
-} job;
+enum { VECTOR = 16, SLACK = 32 };
 
 static inline float larger(float a, float b) { return takes(b, a) ? b : a; }
 
@@ -37,7 +31,7 @@ static inline float larger(float a, float b) { return takes(b, a) ? b : a; }
         dense[j] = m;                                                                                                  \
     }
 
-static inline void find_rows(const job *job, size index, const float *row[5]) {
+static inline void find_rows(const pool_job *job, size index, const float *row[5]) {
     const size length = job->s.width * job->s.unit, top = index % job->s.rows * job->s.stride - job->s.padding;
     const float *map = job->in + index / job->s.rows * job->s.height * length;
     for (size k = 0; k < job->s.kernel; k++) { /* for a row outside one inside the window: the same maximum */
@@ -47,9 +41,9 @@ static inline void find_rows(const job *job, size index, const float *row[5]) {
 }
 
 FOR_EVERY_CPU
-static void pool_contiguous(const job *job, float *restrict buffer, size first, size last) {
+static void pool_contiguous(const pool_job *job, float *restrict buffer, size first, size last) {
     const size pitch = job->pitch, padding = job->s.padding, width = job->s.width, count = (last - first) * pitch;
-    float *restrict dense = buffer + GROUP * pitch + SLACK;
+    float *restrict dense = buffer + POOL_GROUP * pitch + SLACK;
     for (size index = first; index < last; index++) {
         const float *row[5];
         find_rows(job, index, row);
@@ -72,30 +66,48 @@ static void pool_contiguous(const job *job, float *restrict buffer, size first, 
 }
 
 FOR_EVERY_CPU
-static void pool_channels_last(const job *job, float *restrict buffer, size first, size last) {
+static void pool_channels_last(const pool_job *job, float *restrict buffer, size first, size last) {
     const size unit = job->s.unit, length = job->s.width * unit;
     float *restrict body = buffer + job->s.padding * unit;
     for (size index = first; index < last; index++) {
         const float *row[5];
         find_rows(job, index, row);
         if (job->s.kernel == 3) VERTICAL(3); else VERTICAL(5);
-        for (size j = 0; j < job->s.columns; j++) {
+        /* windows of stride 1 lie side by side: the row is one of them, of more values */
+        const size windows = job->s.stride == 1 ? 1 : job->s.columns, each = job->s.columns * unit / windows;
+        for (size j = 0; j < windows; j++) {
             const float *restrict t = buffer + job->s.stride * j * unit;
             float *restrict out = job->out + (index * job->s.columns + j) * unit;
             if (job->s.kernel == 3)
-                for (size c = 0; c < unit; c++) out[c] = larger(larger(t[c], t[c + unit]), t[c + 2 * unit]);
+                for (size c = 0; c < each; c++) out[c] = larger(larger(t[c], t[c + unit]), t[c + 2 * unit]);
             else
-                for (size c = 0; c < unit; c++)
+                for (size c = 0; c < each; c++)
                     out[c] = larger(larger(larger(larger(t[c], t[c + unit]), t[c + 2 * unit]), t[c + 3 * unit]),
                                     t[c + 4 * unit]);
         }
     }
 }
 
-static int pool(const job *job, int threads) {
-    const size total = job->s.planes * job->s.rows, edge = job->s.padding * job->s.unit;
-    const size contiguous = 2 * (GROUP * job->pitch + SLACK), line = (job->s.width + 2 * job->s.padding) * job->s.unit;
-    const size floats = job->s.unit == 1 ? contiguous : line;
+size pool_pitch(size width, size padding) {
+    return (width + 2 * padding + VECTOR - 1) / VECTOR * VECTOR + VECTOR;
+}
+
+size pool_floats(size width, size padding, size unit) {
+    const size contiguous = 2 * (POOL_GROUP * pool_pitch(width, padding) + SLACK);
+    return unit == 1 ? contiguous : (width + 2 * padding) * unit;
+}
+
+void pool_edges(float *buffer, size floats, size padding, size unit) {
+    for (size i = 0; unit > 1 && i < padding * unit; i++) buffer[i] = buffer[floats - 1 - i] = -INFINITY;
+}
+
+void pool_group(const pool_job *job, float *buffer, size first, size last) {
+    if (job->s.unit == 1) pool_contiguous(job, buffer, first, last);
+    else pool_channels_last(job, buffer, first, last);
+}
+
+static int pool(const pool_job *job, int threads) {
+    const size total = job->s.planes * job->s.rows, floats = pool_floats(job->s.width, job->s.padding, job->s.unit);
     int failed = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -103,16 +115,13 @@ static int pool(const job *job, int threads) {
     {
         float *buffer = calloc((size_t)floats, sizeof(float));
         if (buffer == NULL) failed = 1;
-        else if (job->s.unit > 1)
-            for (size i = 0; i < edge; i++) buffer[i] = buffer[floats - 1 - i] = -INFINITY;
+        else pool_edges(buffer, floats, job->s.padding, job->s.unit);
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-        for (size first = 0; first < total; first += GROUP) {
-            const size last = first + GROUP < total ? first + GROUP : total;
-            if (buffer == NULL) continue;
-            if (job->s.unit == 1) pool_contiguous(job, buffer, first, last);
-            else pool_channels_last(job, buffer, first, last);
+        for (size first = 0; first < total; first += POOL_GROUP) {
+            const size last = first + POOL_GROUP < total ? first + POOL_GROUP : total;
+            if (buffer != NULL) pool_group(job, buffer, first, last);
         }
         free(buffer);
     }
@@ -135,7 +144,7 @@ static PyObject *max_pool(PyObject *self, PyObject *args) {
     (void)self;
     unsigned long long in, out;
     int threads, failed;
-    job job;
+    pool_job job;
     if (!PyArg_ParseTuple(args, "KKnnnnnnni", &in, &out, &job.s.planes, &job.s.height, &job.s.width, &job.s.unit,
                           &job.s.kernel, &job.s.stride, &job.s.padding, &threads))
         return NULL;
@@ -146,7 +155,7 @@ static PyObject *max_pool(PyObject *self, PyObject *args) {
     if (!complete(&job.s)) return NULL;
     job.in = (const float *)(uintptr_t)in;
     job.out = (float *)(uintptr_t)out;
-    job.pitch = (job.s.width + 2 * job.s.padding + VECTOR - 1) / VECTOR * VECTOR + VECTOR;
+    job.pitch = pool_pitch(job.s.width, job.s.padding);
     job.end = job.in + job.s.planes * job.s.height * job.s.width * job.s.unit;
     Py_BEGIN_ALLOW_THREADS
     failed = pool(&job, threads);
@@ -162,6 +171,9 @@ static PyMethodDef methods[] = {
      "max_pool_taps(in, out, taps, planes, ...): the same, and the tap of each maximum, one byte."},
     {"max_pool_backward", max_pool_backward, METH_VARARGS,
      "max_pool_backward(grad, taps, out, planes, ...): the gradient of the input, of the sizes that it had."},
+    {"depthwise", depthwise, METH_VARARGS,
+     "depthwise((in, weight, bias, mean, variance, gain, offset), (out, pooled), (count, channels, height, width,\n"
+     "out_channels), (kernel, stride, padding, pool, pool_padding), channels_last, merge, (low, high, eps), threads)."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "padfree._maxpool", NULL, 0, methods, NULL, NULL, NULL, NULL};

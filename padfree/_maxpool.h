@@ -20,10 +20,23 @@ typedef struct { /* lengths in elements; rows and columns are those of the resul
     size planes, height, width, unit, kernel, stride, padding, rows, columns;
 } shape;
 
+enum { POOL_GROUP = 16 }; /* rows of the result that one call makes */
+typedef struct {
+    shape s;
+    const float *in, *end;
+    float *out;
+    size pitch;
+} pool_job;
+
 /* Whether `b`, which comes later in a window, takes the place of `a`: a larger one does, and so does NaN. */
 static inline int takes(float b, float a) { return (b > a) | (b != b); }
 
 int complete(shape *shape); /* fills rows and columns; 0 with an exception set where the window is not one of ours */
+size pool_pitch(size width, size padding);
+size pool_floats(size width, size padding, size unit);                     /* of a thread's buffer, zero at first, */
+void pool_edges(float *buffer, size floats, size padding, size unit);      /* whose edges this makes, */
+void pool_group(const pool_job *job, float *buffer, size first, size last); /* for rows of the result */
+PyObject *depthwise(PyObject *self, PyObject *args);
 PyObject *max_pool_taps(PyObject *self, PyObject *args);
 PyObject *max_pool_backward(PyObject *self, PyObject *args);
 

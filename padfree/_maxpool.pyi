@@ -38,3 +38,13 @@ def max_pool_backward(
     padding: int,
     threads: int,
 ) -> None: ...
+def depthwise(
+    tensors: tuple[int, ...],
+    targets: tuple[int, int],
+    sizes: tuple[int, int, int, int, int],
+    windows: tuple[int, int, int, int, int],
+    channels_last: bool,
+    merge: int,
+    limits: tuple[float, float, float],
+    threads: int,
+) -> None: ...

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from padfree.chains import is_bare
+from padfree.onepass import reduce, stem_branches
 from padfree.pooling import max_pool, shortcut_pool
 
 
@@ -50,8 +52,11 @@ class DepthwiseReduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve and normalise."""
-        reduced: Tensor = self.norm(self.conv(x))
-        return reduced
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            reduced: Tensor = self.norm(self.conv(x))
+            return reduced
+        else:  # the compiler of TorchScript skips this branch, which it could not read
+            return reduce(x, (self.conv, self.norm))
 
 
 class StemPool(nn.MaxPool2d):
@@ -130,6 +135,12 @@ class StemTail(nn.Module):
         """Run the tail on the stem's output."""
         if self.has_end:
             x = self.end(x)
+        if not torch.jit.is_scripting() and not self.preact:  # type: ignore[attr-defined]
+            both = self._both(x)
+            if both is not None:
+                pooled = both[:, x.shape[1] :]
+                merged: Tensor = self.act2(self.norm2(self.conv_pw(both)))
+                return self._with_residual(merged, x, pooled)
         pooled = self.pool(x)
         if self.preact:
             # norm and act copies may work in place, so x is pooled first and kept out of their reach
@@ -138,9 +149,19 @@ class StemTail(nn.Module):
         else:
             left = self.act1(self.norm1(self.conv_dw(x)))
             out = self.act2(self.norm2(self.conv_pw(torch.cat((left, pooled), 1))))
+        return self._with_residual(out, x, pooled)
+
+    def _with_residual(self, out: Tensor, x: Tensor, pooled: Tensor) -> Tensor:
         if self.residual:
             out = out + (x if self.conv_dw.stride[0] == 1 else pooled)
         return out
+
+    @torch.jit.unused
+    def _both(self, x: Tensor) -> Tensor | None:
+        """Both branches, concatenated, in one pass; None where they must be called one by one."""
+        if type(self.pool) is not StemPool or not is_bare(self.pool):
+            return None
+        return stem_branches(x, (self.conv_dw, self.norm1, self.act1), (3, self.pool.step, 1))
 
 
 class LastChannelNorm(nn.Module):

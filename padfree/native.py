@@ -1,8 +1,11 @@
-"""The C extension on tensors: float32 max-pools of 3x3 and 5x5 windows, with or without what training keeps.
+"""The C extension on tensors: float32 max-pools of 3x3 and 5x5 windows, depthwise convolutions with one beside them.
 
 It is built where the installation finds a C compiler; `extension` is None elsewhere, and `padfree.pooling` does
 without it. A map is (N, C, H, W), dense, contiguous or channels_last but not both.
 """
+
+from enum import IntEnum
+from operator import itemgetter
 
 import torch
 
@@ -11,7 +14,16 @@ try:
 except ImportError:
     extension = None  # type: ignore[assignment]
 
-__all__ = ["extension", "max_pool", "max_pool_backward", "max_pool_taps", "takes"]
+__all__ = ["Merge", "depthwise", "extension", "max_pool", "max_pool_backward", "max_pool_taps", "takes"]
+
+
+class Merge(IntEnum):
+    """Where the maxima of the pool are added to the convolution's chain (as in `_depthwise.c`)."""
+
+    BESIDE = 0  # nowhere: they are a map of their own, or there is no pool
+    AFTER_ACTIVATION = 1
+    BEFORE_NORM = 2
+
 
 THREADED_NUMEL = 1 << 16  # elements of a map from which torch's number of threads is taken
 
@@ -61,3 +73,46 @@ def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
 
 def _threads(x: torch.Tensor) -> int:
     return torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
+
+
+def depthwise(
+    x: torch.Tensor,
+    conv: torch.nn.Conv2d,
+    norm: torch.nn.BatchNorm2d | None,
+    limits: tuple[float, float],
+    pool: tuple[int, int],
+    merge: Merge,
+    out: torch.Tensor,
+    pooled: torch.Tensor | None,
+) -> None:
+    """A depthwise convolution, the norm and activation behind it and the max-pool beside it, in one pass.
+
+    Args:
+        x: (N, C, H, W), as `takes` asks for.
+        conv: 3x3 or 5x5 pixels, stride 1 or 2, less padding than half a window; its weights lie one after another.
+        norm: in eval mode, by running statistics.
+        limits: what the activation clamps to; the first above the second means hardswish.
+        pool: its kernel and padding, pixels, so that its result has the size of the convolution's; kernel 0: none.
+        merge: where the maxima are added; `BESIDE`, they go into `pooled`.
+        out: (N, C, h, w) of the layout of `x`, or the first C channels of a map of more.
+        pooled: such a map, or the last C channels of that of `out`.
+    """
+    count, channels, height, width = x.shape
+    last = not x.is_contiguous()
+    wide = out.stride(3) if last else out.stride(0) // out.stride(1)
+    tensors = [x, *_CONV(conv._parameters)]
+    tensors += _NONE if norm is None else (*_STATISTICS(norm._buffers), *_CONV(norm._parameters))
+    extension.depthwise(
+        tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
+        (out.data_ptr(), 0 if pooled is None else pooled.data_ptr()),
+        (count, channels, height, width, wide),
+        (conv.kernel_size[0], conv.stride[0], int(conv.padding[0]), *pool),
+        last,
+        merge,
+        (*limits, 0.0 if norm is None else norm.eps),
+        _threads(x),
+    )
+
+
+_CONV, _STATISTICS = itemgetter("weight", "bias"), itemgetter("running_mean", "running_var")
+_NONE = (None,) * 4

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from padfree import native
 from padfree.pooling_training import MaxPool, cacheful, out_side, watched
 
-__all__ = ["add_shortcut", "max_pool", "shortcut_pool"]
+__all__ = ["add_shortcut", "max_pool", "ordinary", "shortcut_pool", "watched"]
 
 Path = Literal["native", "plain", "channels_last", "separable"]
 
@@ -104,7 +104,7 @@ def _pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tens
     """Send `x` down its path; whenever somebody else is looking that is the plain operator."""
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or watched():
         return F.max_pool2d(x, kernel, stride, padding)
-    if not _ordinary(x, kernel, padding):
+    if not ordinary(x, kernel, padding):
         return F.max_pool2d(x, kernel, stride, padding)
     if x.requires_grad and torch.is_grad_enabled():
         pooled: torch.Tensor = MaxPool.apply(x, kernel, stride, padding)
@@ -119,7 +119,7 @@ def _pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tens
     return F.max_pool2d(x, kernel, stride, padding)
 
 
-def _ordinary(x: torch.Tensor, kernel: int, padding: int) -> bool:
+def ordinary(x: torch.Tensor, kernel: int, padding: int) -> bool:
     """Whether `x` is a dense batch of maps on the CPU, of one unmistakable layout, that windows fit into."""
     return (
         x.is_cpu

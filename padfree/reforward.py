@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import LockedStateError, PadfreeError, Refusal
+from padfree.quicken import quickened, two_bodies
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
 Locked = tuple[tuple[str, Any], ...]
@@ -33,8 +34,19 @@ def graph_source(graph: fx.Graph) -> tuple[str, Names]:
     Raises:
         Refusal: it uses an object that cannot be imported by name.
     """
+    source, found = _written(graph)
+    quick = quickened(graph)
+    if quick is not None:
+        faster, others = _written(quick)
+        both = {"torch": torch, **found, **others}
+        if all(both[name] is value for name, value in (*found.items(), *others.items())):
+            source, found = two_bodies(source, faster), both
+    return source, tuple(_name(name, value) for name, value in sorted(found.items()))
+
+
+def _written(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     code = graph.python_code("self")
-    return code.src.strip() + "\n", tuple(_name(name, value) for name, value in sorted(code.globals.items()))
+    return code.src.strip() + "\n", code.globals
 
 
 def _name(name: str, value: Any) -> tuple[str, str, str]:

@@ -1,0 +1,145 @@
+/* A depthwise convolution of a float32 map, the norm and activation behind it and the max-pool beside it, in one pass:
+ * first the sums of the convolution and the maxima of the pool, then scale, shift, activation and the sum of both, all of
+ * it while a piece of the input lies in the first caches.
+ */
+#include "_depthwise.h"
+
+enum { BAND = 1 << 15, ITEM = 8 }; /* floats of a band of rows; rows of a channels_last map worked on as one item */
+
+/* Rows of an item of work: a few (channels_last), or as many as a band has. */
+static size item_rows(const pass *p) {
+    const size band = (BAND / (p->width + 2 * p->padding) - p->kernel) / p->stride + 1, most = p->last ? ITEM : band;
+    return by_blocks(p) || most > p->rows ? p->rows : most < 1 ? 1 : most;
+}
+
+/* Pieces of a thread's memory begin where a vector may be read at once. */
+static float *aligned(float *at) { return (float *)(((uintptr_t)at + 63) / 64 * 64); }
+
+static float *carve(float **from, size floats) {
+    float *piece = aligned(*from);
+    *from = piece + floats;
+    return piece;
+}
+
+static float *prepare(const pass *p, scratch *mine, size rows) {
+    const int blocks = by_blocks(p), rowwise = p->last || blocks;
+    const size unit = blocks ? VECTOR : p->last ? p->channels : 1, wide = p->width + 2 * p->padding;
+    const size lines = rowwise ? (p->kernel * p->kernel + wide) * unit : (p->stride == 2 ? 4 : 1) * phase_floats(p, rows);
+    const size line = (rowwise ? p->columns * unit : rows * line_pitch(p)) + 2 * VECTOR;
+    const size edge = blocks ? 0 : p->pool_padding, pool = pool_floats(wide, edge, unit);
+    const size turned = blocks ? (p->height + 2 * p->padding) * wide * VECTOR : 0;
+    const size framed = p->pool_padding ? turned : 0, made = blocks ? p->rows * p->columns * VECTOR : 0;
+    float *memory = calloc((size_t)(lines + 4 * line + pool + turned + framed + 2 * made + 10 * VECTOR), sizeof(float)), *rest = memory;
+    if (memory == NULL) return NULL;
+    mine->lines = carve(&rest, lines);
+    mine->sums = carve(&rest, line);
+    mine->maxima = carve(&rest, line);
+    mine->own = carve(&rest, line);
+    mine->done = carve(&rest, line);
+    mine->pool = carve(&rest, pool);
+    mine->block = carve(&rest, turned);
+    mine->framed = carve(&rest, framed);
+    mine->result = carve(&rest, made);
+    mine->pooled = carve(&rest, made);
+    pool_edges(mine->pool, pool_floats(p->width, edge, unit), edge, unit);
+    for (size i = 0; i < framed; i++) mine->framed[i] = -INFINITY;
+    for (size i = 0; blocks && i < p->height * p->width; i++)
+        mine->places[i] = (int)(((i / p->width + p->padding) * wide + i % p->width + p->padding) * VECTOR);
+    return memory;
+}
+
+/* The norm's scale and shift of each channel, and the weights tap by tap, sixteen channels at a time. */
+FOR_EVERY_CPU
+static void weigh(pass *p) {
+    const size area = p->kernel * p->kernel;
+    for (size c = 0; c < p->channels; c++) {
+        p->scale[c] = p->mean == NULL ? 1.0f : (p->gain == NULL ? 1.0f : p->gain[c]) / sqrtf(p->variance[c] + p->eps);
+        p->shift[c] = p->mean == NULL ? 0.0f : (p->offset == NULL ? 0.0f : p->offset[c]) - p->mean[c] * p->scale[c];
+        if (p->bias != NULL) p->shift[c] += p->bias[c] * p->scale[c];
+    }
+    for (size block = 0; (p->last || by_blocks(p)) && block * VECTOR < p->channels; block++)
+        for (size t = 0; t < area; t++)
+            for (size i = 0; i < VECTOR; i++)
+                p->taps[(block * area + t) * VECTOR + i] = p->weight[(first_channel(p, block) + i) % p->channels * area + t];
+}
+
+static int run(pass *p) {
+    const int blocks = by_blocks(p);
+    const size rows = item_rows(p), each = (p->rows + rows - 1) / rows;
+    const size planes = blocks ? (p->channels + VECTOR - 1) / VECTOR : p->last ? 1 : p->channels, maps = p->count * planes;
+    float *memory = calloc((size_t)((p->channels + VECTOR) * (2 + p->kernel * p->kernel) + 3 * VECTOR), sizeof(float)), *rest = memory;
+    int failed = memory == NULL;
+    if (failed) return failed;
+    p->scale = carve(&rest, p->channels + VECTOR);
+    p->shift = carve(&rest, p->channels + VECTOR);
+    p->taps = carve(&rest, (p->channels + VECTOR) * p->kernel * p->kernel);
+    weigh(p);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(p->threads) if (p->threads > 1) reduction(| : failed)
+#endif
+    {
+        scratch mine;
+        float *own = prepare(p, &mine, rows);
+        if (own == NULL) failed = 1;
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (size item = 0; item < maps * each; item++) {
+            const size first = item % each * rows, last = first + rows < p->rows ? first + rows : p->rows;
+            if (own == NULL) continue;
+            if (blocks) block(p, &mine, item / planes, item % planes);
+            else if (p->last) rows_last(p, &mine, item / each, first, last);
+            else band(p, &mine, item / each, rows, first, last);
+        }
+        free(own);
+    }
+    free(memory);
+    return failed;
+}
+
+static int sound(pass *p) {
+    const shape conv = {1, p->height, p->width, 1, p->kernel, p->stride, p->padding, 0, 0};
+    shape window = conv, pool = {1, p->height, p->width, 1, p->pool, p->stride, p->pool_padding, 0, 0};
+    if (!complete(&window) || (p->pool && !complete(&pool))) return 0;
+    p->rows = window.rows;
+    p->columns = window.columns;
+    const int alike = !p->pool || (pool.rows == p->rows && pool.columns == p->columns);
+    const int places = p->pool ? (p->merge == BESIDE) == (p->pooled != NULL) : p->merge == BESIDE && p->pooled == NULL;
+    if (!alike || !places || p->count < 1 || p->channels < 1 || p->out_channels < p->channels || !p->in || !p->weight ||
+        !p->out || !p->mean != !p->variance) {
+        PyErr_SetString(PyExc_ValueError, "a pool of the convolution's own result size, and memory for every map");
+        return 0;
+    }
+    const int same = p->pool == p->kernel && p->pool_padding == p->padding, inner = p->pool == 3 && p->pool_padding == 0;
+    /* a plane's band has room for one kind of edge only */
+    p->shared = same && (p->padding == 0 || (p->last && !by_blocks(p))) ? ALL : inner && p->padding == (p->kernel - 3) / 2;
+    return 1;
+}
+
+PyObject *depthwise(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long in, weight, bias, mean, variance, gain, offset, out, pooled;
+    pass p;
+    int failed;
+    if (!PyArg_ParseTuple(args, "(KKKKKKK)(KK)(nnnnn)(nnnnn)ii(fff)i", &in, &weight, &bias, &mean, &variance, &gain,
+                          &offset, &out, &pooled, &p.count, &p.channels, &p.height, &p.width, &p.out_channels,
+                          &p.kernel, &p.stride, &p.padding, &p.pool, &p.pool_padding, &p.last, &p.merge, &p.low,
+                          &p.high, &p.eps, &p.threads))
+        return NULL;
+    p.in = (const float *)(uintptr_t)in;
+    p.weight = (const float *)(uintptr_t)weight;
+    p.bias = (const float *)(uintptr_t)bias;
+    p.mean = (const float *)(uintptr_t)mean;
+    p.variance = (const float *)(uintptr_t)variance;
+    p.gain = (const float *)(uintptr_t)gain;
+    p.offset = (const float *)(uintptr_t)offset;
+    p.out = (float *)(uintptr_t)out;
+    p.pooled = (float *)(uintptr_t)pooled;
+    p.act = p.low > p.high ? HARDSWISH : CLAMP;
+    if (!sound(&p)) return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    failed = run(&p);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}

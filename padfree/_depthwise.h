@@ -1,0 +1,132 @@
+/* What the parts of the depthwise pass share: its sizes, the taps of a window, and what is done with their sums. */
+#ifndef PADFREE_DEPTHWISE_H
+#define PADFREE_DEPTHWISE_H
+#include "_maxpool.h"
+
+enum { CLAMP, HARDSWISH };
+enum { BESIDE, AFTER_ACTIVATION, BEFORE_NORM }; /* the maxima: a map of their own, or where they are added */
+enum { VECTOR = 16, NARROW = 16, TALL = 64 };   /* floats of a vector; the sides of small maps, pixels */
+#define VECTORISED _Pragma("omp simd")
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    size count, channels, height, width, kernel, stride, padding, pool, pool_padding, rows, columns;
+    size out_channels; /* of the map that `out` and `pooled` lie in: more than `channels` in a concatenation */
+    int last, shared, merge, act, threads; /* last: channels_last; shared: the maxima of the convolution's own reads */
+    float low, high, eps;
+    const float *in, *weight, *bias, *mean, *variance, *gain, *offset;
+    float *out, *pooled, *taps, *scale, *shift;
+} pass;
+
+typedef struct { /* one thread's memory */
+    float *lines, *sums, *maxima, *own, *done, *pool, *block, *framed, *result, *pooled;
+    int places[NARROW * TALL];
+} scratch;
+
+static inline float above(float a, float b) { return a > b ? a : b; } /* may lose a NaN, which the sum then has too */
+static inline float spread(float a, float b) { return takes(b, a) ? b : a; } /* keeps it */
+static inline float clamp(float v, float low, float high) {
+    v = v < low ? low : v;
+    return v > high ? high : v;
+}
+
+/* AT(a, b): what lies under row a and column b of the window; W(t): the weight of tap t. */
+#define ROW3(a) (AT(a, 0) * W(3 * (a)) + AT(a, 1) * W(3 * (a) + 1) + AT(a, 2) * W(3 * (a) + 2))
+#define ROW5(a)                                                                                                        \
+    (AT(a, 0) * W(5 * (a)) + AT(a, 1) * W(5 * (a) + 1) + AT(a, 2) * W(5 * (a) + 2) + AT(a, 3) * W(5 * (a) + 3) +       \
+     AT(a, 4) * W(5 * (a) + 4))
+#define SUM(K) ((K) == 3 ? ROW3(0) + ROW3(1) + ROW3(2) : (ROW5(0) + ROW5(1)) + (ROW5(2) + ROW5(3)) + ROW5(4))
+#define MAX3(a, b) above(above(AT(a, b), AT(a, (b) + 1)), AT(a, (b) + 2))
+#define MAX5(a) above(MAX3(a, 0), above(AT(a, 3), AT(a, 4)))
+#define MIDDLE(o) above(above(MAX3(o, o), MAX3((o) + 1, o)), MAX3((o) + 2, o))
+#define WHOLE(K) ((K) == 3 ? MIDDLE(0) : above(above(above(MAX5(0), MAX5(1)), above(MAX5(2), MAX5(3))), MAX5(4)))
+
+enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its inner 3x3, of all of them */
+#define TAPS(K, SHARED)                                                                                                \
+    do {                                                                                                               \
+        sum[i] = SUM(K);                                                                                               \
+        if (SHARED == INNER) most[i] = MIDDLE(((K)-3) / 2);                                                            \
+        if (SHARED == ALL) most[i] = WHOLE(K);                                                                         \
+    } while (0)
+#define EACH_KIND(LOOP)                                                                                                \
+    do {                                                                                                               \
+        if (p->kernel == 3 && p->shared) { LOOP(3, ALL) }                                                              \
+        else if (p->kernel == 3) { LOOP(3, NONE) }                                                                     \
+        else if (p->shared == ALL) { LOOP(5, ALL) }                                                                    \
+        else if (p->shared) { LOOP(5, INNER) }                                                                         \
+        else { LOOP(5, NONE) }                                                                                         \
+    } while (0)
+
+/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. A and B: the
+ * scale and shift of place i of a piece. */
+#define EACH(A, B, V, RESULT)                                                                                          \
+    for (size j = 0; j < pieces; j++, sum += length, to += pitch, most += most == NULL ? 0 : length)                   \
+        for (size i = 0; i < length; i++) {                                                                            \
+            const float v = (V)*A + B;                                                                                 \
+            to[i] = RESULT;                                                                                            \
+        }
+#define FINISH(A, B, ACTIVATED)                                                                                        \
+    do {                                                                                                               \
+        if (most == NULL) { EACH(A, B, sum[i], ACTIVATED) }                                                            \
+        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + most[i], ACTIVATED) }                                  \
+        else { EACH(A, B, sum[i], ACTIVATED + most[i]) }                                                               \
+    } while (0)
+#define FINISH_EACH(A, B)                                                                                              \
+    do {                                                                                                               \
+        const float low = p->low, high = p->high;                                                                      \
+        if (p->act == HARDSWISH) FINISH(A, B, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                         \
+        else FINISH(A, B, clamp(v, low, high));                                                                        \
+    } while (0)
+
+/* Whether a NaN may be missing among the maxima of the same windows: then it is among the sums. */
+INLINE int clouded(const float *restrict sum, size length) {
+    int found = 0;
+    for (size i = 0; i < length; i++) found |= sum[i] != sum[i];
+    return found;
+}
+
+/* Maxima of rows first ... last of a map by the pool's own way, row by row of `p->columns * unit` floats. */
+INLINE void pool_rows(const pass *p, const float *map, size unit, float *buffer, float *to, size first, size last) {
+    pool_job job = {.s = {1, p->height, p->width, unit, p->pool, p->stride, p->pool_padding, p->rows, p->columns},
+                    .in = map,
+                    .end = map + p->height * p->width * unit,
+                    .pitch = pool_pitch(p->width, p->pool_padding)};
+    for (; first < last; first += POOL_GROUP) {
+        const size stop = first + POOL_GROUP < last ? first + POOL_GROUP : last;
+        job.out = to - first * p->columns * unit;
+        pool_group(&job, buffer, first, stop);
+        to += (stop - first) * p->columns * unit;
+    }
+}
+
+/* Channels are worked on sixteen at a time; the last sixteen overlap those before. */
+INLINE size first_channel(const pass *p, size block) {
+    const size last = p->channels - VECTOR;
+    return last < 0 ? 0 : block * VECTOR < last ? block * VECTOR : last;
+}
+
+/* Whether a map is so small that it is set into a frame, where no window reaches over a side. */
+INLINE int by_blocks(const pass *p) {
+    const int one_frame = p->pool_padding == 0 || p->pool == p->kernel;
+    return one_frame && p->width <= NARROW && p->height <= TALL && (!p->last || (p->padding && p->channels >= VECTOR));
+}
+
+/* Contiguous: the floats of a line of a band. */
+INLINE size line_pitch(const pass *p) {
+    const size wide = p->width + 2 * p->padding;
+    return p->stride == 2 ? (wide + 1) / 2 : wide;
+}
+
+/* Floats of a quarter of the lines of `rows` rows of the result, stride 2, or of all of them. */
+INLINE size phase_floats(const pass *p, size rows) {
+    const size lines = (rows - 1) * p->stride + p->kernel;
+    return (p->stride == 2 ? (lines + 1) / 2 : lines) * line_pitch(p) + 4 * VECTOR;
+}
+
+/* Sixteen channels of one small map; rows first ... last of a plane. */
+void block(const pass *p, scratch *mine, size n, size index);
+void band(const pass *p, scratch *mine, size plane, size rows, size first, size last);
+/* Rows first ... last of a channels_last map. */
+void rows_last(const pass *p, scratch *mine, size n, size first, size last);
+
+#endif

@@ -1,0 +1,152 @@
+/* The depthwise pass of channels_last maps, a row of the result at a time, and of small maps of either layout, sixteen
+ * channels at a time.
+ */
+#include "_depthwise.h"
+
+/* Sixteen channels at a time, so that their weights stay at hand from one column to the next. Windows of stride 1 lie
+ * side by side: a few pixels of less channels are worked on as one. */
+INLINE size side_by_side(const pass *p) { return p->stride > 1 || p->channels >= VECTOR ? 1 : VECTOR / p->channels; }
+
+#define AT(a, b) row[a][at + i + (b)*channels]
+#define W(t) w[(t)*VECTOR + i]
+#define LOOP(K, SHARED)                                                                                                \
+    for (size at = from, to = from; to < all; at += hop, to += step) {                                                 \
+        float *restrict sum = sums + to, *restrict most = maxima + to;                                                 \
+        if (all - to >= wide && wide == VECTOR) VECTORISED for (size i = 0; i < VECTOR; i++) TAPS(K, SHARED);          \
+        else for (size i = 0; i < (all - to < wide ? all - to : wide); i++) TAPS(K, SHARED);                           \
+    }
+INLINE void taps_last(const pass *p, const float *const row[5], size columns, float *restrict sums,
+                      float *restrict maxima) {
+    const size channels = p->channels, all = columns * channels;
+    const size step = side_by_side(p) * channels, hop = p->stride * step;
+    for (size block = 0; block * VECTOR < channels; block++) {
+        const float *restrict w = p->taps + block * VECTOR * p->kernel * p->kernel;
+        const size from = first_channel(p, block), wide = step < VECTOR ? step : VECTOR;
+        EACH_KIND(LOOP);
+    }
+}
+#undef AT
+#undef W
+#undef LOOP
+
+INLINE void finish_last(const pass *p, const float *restrict sum, const float *restrict most, float *restrict to) {
+    const float *restrict scale = p->scale, *restrict shift = p->shift;
+    const size length = p->channels, pieces = p->columns, pitch = p->out_channels;
+    FINISH_EACH(scale[i], shift[i]);
+}
+
+/* One window that reaches over the left or right side: its taps between zeros, and its maxima without them. */
+INLINE void edge_last(const pass *p, const float *const row[5], scratch *mine, size j, int maxima) {
+    const size channels = p->channels, left = j * p->stride - p->padding;
+    const size first = left < 0 ? -left : 0, last = left + p->kernel > p->width ? p->width - left : p->kernel;
+    const float *edge[5];
+    float *line = mine->lines, *most = mine->maxima + j * channels;
+    for (size a = 0; a < p->kernel; a++, line += p->kernel * channels) {
+        memset(line, 0, (size_t)(p->kernel * channels) * sizeof(float));
+        memcpy(line + first * channels, row[a] + (left + first) * channels,
+               (size_t)((last - first) * channels) * sizeof(float));
+        edge[a] = line;
+    }
+    taps_last(p, edge, 1, mine->sums + j * channels, most);
+    if (!maxima || p->pool_padding == 0) return;
+    for (size i = 0; i < channels; i++) most[i] = -INFINITY;
+    for (size a = 0; a < p->kernel; a++)
+        for (size b = first; b < last; b++)
+            for (size i = 0; i < channels; i++) most[i] = spread(most[i], edge[a][b * channels + i]);
+}
+
+/* Row `index` of the convolution of `map` and of the pool of `other`, which is the same but for its frame. */
+INLINE void row_last(const pass *p, const float *map, const float *other, scratch *mine, size index, float *out,
+                     float *pooled) {
+    const size channels = p->channels, top = index * p->stride - p->padding;
+    const int outside = top < 0 || top + p->kernel > p->height;
+    const float *row[5], *shifted[5];
+    for (size a = 0; a < p->kernel; a++) {
+        const size y = top + a;
+        row[a] = y < 0 || y >= p->height ? mine->lines + p->kernel * p->kernel * channels : map + y * p->width * channels;
+    }
+    const size first = (p->padding + p->stride - 1) / p->stride;
+    size last = (p->width + p->padding - p->kernel) / p->stride + 1; /* columns first ... last lie inside */
+    if (last < first) last = first;
+    for (size a = 0; a < p->kernel; a++) shifted[a] = row[a] + (first * p->stride - p->padding) * channels;
+    for (size j = 0; j < first; j++) edge_last(p, row, mine, j, !outside);
+    taps_last(p, shifted, last - first, mine->sums + first * channels, mine->maxima + first * channels);
+    for (size j = last; j < p->columns; j++) edge_last(p, row, mine, j, !outside);
+    if (p->pool && (!p->shared || (outside && p->pool_padding) || (pooled && clouded(mine->sums, p->columns * channels))))
+        pool_rows(p, other, channels, mine->pool, mine->maxima, index, index + 1);
+    finish_last(p, mine->sums, p->merge == BESIDE ? NULL : mine->maxima, out);
+    for (size j = 0; pooled && j < p->columns; j++)
+        for (size i = 0; i < channels; i++) pooled[j * p->out_channels + i] = mine->maxima[j * channels + i];
+}
+
+FOR_EVERY_CPU
+void rows_last(const pass *p, scratch *mine, size n, size first, size last) {
+    const float *map = p->in + n * p->height * p->width * p->channels;
+    for (size index = first; index < last; index++) {
+        const size at = (n * p->rows + index) * p->columns * p->out_channels;
+        row_last(p, map, map, mine, index, p->out + at, p->pooled == NULL ? NULL : p->pooled + at);
+    }
+}
+
+/* -- small maps: sixteen channels, set into a frame of zeros -------------------------------------------------------- */
+
+/* A few pixels of all planes at a time, so that what is written to lies in the cache. `places`: of a map's pixels. */
+INLINE void turn(const pass *p, const float *restrict from, const int *restrict places, float *restrict to) {
+    const size planes = p->channels < VECTOR ? p->channels : VECTOR;
+    const int area = (int)(p->height * p->width);
+    for (int i = 0; i < area; i++, from++) {
+        float *restrict at = to + places[i];
+        if (planes == VECTOR) VECTORISED for (int c = 0; c < VECTOR; c++) at[c] = from[c * area];
+        else for (int c = 0; c < planes; c++) at[c] = from[c * area];
+    }
+}
+
+INLINE void set_in(const pass *p, const float *restrict from, float *restrict to) {
+    const size channels = p->channels, width = p->width, wide = width + 2 * p->padding;
+    to += (p->padding * wide + p->padding) * VECTOR;
+    for (size y = 0; y < p->height; y++)
+        for (size x = 0; x < width; x++)
+            for (size i = 0; i < VECTOR; i++) to[(y * wide + x) * VECTOR + i] = from[(y * width + x) * channels + i];
+}
+
+INLINE void turn_back(const pass *p, const float *restrict from, float *restrict to) {
+    const size planes = p->channels < VECTOR ? p->channels : VECTOR, area = p->rows * p->columns;
+    for (size first = 0; first < area; first += VECTOR)
+        for (size c = 0; c < planes; c++)
+            for (size i = first; i < (first + VECTOR < area ? first + VECTOR : area); i++)
+                to[c * area + i] = from[i * VECTOR + c];
+}
+
+FOR_EVERY_CPU
+void block(const pass *p, scratch *mine, size n, size index) {
+    const size from = first_channel(p, index), pixels = p->rows * p->columns, wide = p->width + 2 * p->padding;
+    const size begin = p->last ? n * p->height * p->width * p->channels + from : (n * p->channels + from) * p->height * p->width;
+    const size at = p->last ? n * pixels * p->out_channels + from : (n * p->out_channels + from) * pixels;
+    const float *map = mine->block + (p->padding * wide + p->padding) * VECTOR; /* for a pool without padding */
+    pass q = *p;
+    q.channels = VECTOR;
+    q.out_channels = p->last ? p->out_channels : VECTOR;
+    q.height = p->height + 2 * p->padding;
+    q.width = wide;
+    q.padding = q.pool_padding = 0;
+    q.taps = p->taps + index * VECTOR * p->kernel * p->kernel;
+    q.scale = p->scale + from;
+    q.shift = p->shift + from;
+    float *out = p->last ? p->out + at : mine->result;
+    float *pooled = p->pooled == NULL ? NULL : p->last ? p->pooled + at : mine->pooled;
+    if (p->last) set_in(p, p->in + begin, mine->block);
+    else turn(p, p->in + begin, mine->places, mine->block);
+    if (p->pool_padding) { /* the maxima of a frame of -inf */
+        map = mine->framed;
+        for (size y = p->padding; y < p->padding + p->height; y++)
+            memcpy(mine->framed + (y * wide + p->padding) * VECTOR, mine->block + (y * wide + p->padding) * VECTOR,
+                   (size_t)(p->width * VECTOR) * sizeof(float));
+    }
+    for (size row = 0; row < p->rows; row++) {
+        const size to = row * p->columns * q.out_channels;
+        row_last(&q, mine->block, map, mine, row, out + to, pooled == NULL ? NULL : pooled + to);
+    }
+    if (p->last) return;
+    turn_back(p, mine->result, p->out + at);
+    if (p->pooled != NULL) turn_back(p, mine->pooled, p->pooled + at);
+}

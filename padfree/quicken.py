@@ -1,0 +1,90 @@
+"""A second body for a generated forward, in which a strided chain, its pool and their sum are one call.
+
+    y = self.bn(self.conv(x)); out = add_shortcut(y, shortcut_pool(x))
+    ->  out = downsample(x, 3, 0, (self.conv, self.bn))
+
+`padfree.onepass.downsample` computes the same, in one pass over the map where it can. TorchScript, which cannot hand
+modules to a function, reads the first body.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+
+from torch import fx
+
+from padfree.onepass import downsample
+from padfree.pooling import add_shortcut, shortcut_pool
+
+__all__ = ["quickened", "two_bodies"]
+
+BEHIND = 2  # calls behind a sum that may belong to it: a norm and an activation
+
+
+def quickened(graph: fx.Graph) -> fx.Graph | None:
+    """A copy of a block's graph with every such chain in one call; None where it has none."""
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, {})
+    copied.output(output)
+    sums = [node for node in copied.nodes if node.op == "call_function" and node.target is add_shortcut]
+    return copied if any([_merge(node) for node in sums]) else None
+
+
+def _merge(total: fx.Node) -> bool:
+    chain, pool = total.args
+    if not (isinstance(pool, fx.Node) and pool.target is shortcut_pool and _private(pool) and not pool.kwargs):
+        return False
+    source, *window = pool.args
+    before = list[fx.Node]()
+    node = chain
+    while isinstance(node, fx.Node) and node is not source and _is_link(node) and _private(node):
+        before.insert(0, node)
+        node = node.args[0]
+    if node is not source or not before:
+        return False
+    behind = _behind(total) if len(before) == 1 else []
+    last = behind[-1] if behind else total
+    graph = total.graph
+    with graph.inserting_before(before[0]):
+        modules = [tuple(graph.get_attr(str(link.target)) for link in links) for links in (before, behind)]
+        if len(window) < 2:
+            window += (3, 0)[len(window) :]
+        merged = graph.call_function(downsample, (source, *window, *modules))
+    last.replace_all_uses_with(merged)
+    for old in (*reversed(behind), total, pool, *reversed(before)):
+        graph.erase_node(old)
+    return True
+
+
+def _is_link(node: fx.Node) -> bool:
+    """A call of a child on one value and nothing else."""
+    return node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+
+
+def _private(node: fx.Node) -> bool:
+    return len(node.users) == 1
+
+
+def _behind(total: fx.Node) -> list[fx.Node]:
+    found, node = list[fx.Node](), total
+    while len(found) < BEHIND and _private(node) and _is_link(next(iter(node.users))):
+        node = next(iter(node.users))
+        found.append(node)
+    return found
+
+
+def two_bodies(plain: str, quick: str) -> str:
+    """One `def forward` of two: the first body for TorchScript, the second for everybody else."""
+    head, first = _split(plain)
+    _, second = _split(quick)
+    indented = [textwrap.indent(body, "    ") for body in (first, second)]
+    return f"{head}    if torch.jit.is_scripting():\n{indented[0]}    else:\n{indented[1]}"
+
+
+def _split(source: str) -> tuple[str, str]:
+    definition = ast.parse(source).body[-1]
+    assert isinstance(definition, ast.FunctionDef)
+    lines = source.splitlines(keepends=True)
+    at = definition.body[0].lineno - 1
+    return "".join(lines[:at]), "".join(lines[at:])

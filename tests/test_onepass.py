@@ -1,0 +1,626 @@
+"""The one pass over a map: the values of the modules it stands for, and who must see the modules themselves."""
+
+import contextlib
+import copy
+import gc
+import inspect
+import itertools
+import math
+import pickle
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+import padfree
+from padfree import chains, native, onepass
+from padfree.layers import DepthwiseReduction, StemTail
+from padfree.norms import children_behind
+from padfree.pooling import max_pool
+from tests.strangers import Net, Unit
+
+CLOSE = {"rtol": 1e-5, "atol": 3e-5, "equal_nan": True}
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+# conv: kernel, stride, padding; pool: kernel, padding
+WINDOWS = [
+    (3, 2, 0, 3, 0),
+    (3, 2, 1, 3, 1),
+    (3, 1, 1, 3, 1),
+    (3, 1, 0, 5, 1),
+    (5, 2, 1, 3, 0),
+    (5, 2, 1, 5, 1),
+    (5, 2, 2, 3, 1),
+    (5, 1, 2, 5, 2),
+    (5, 2, 0, 5, 0),
+    (3, 2, 0, 0, 0),
+    (5, 2, 2, 0, 0),
+]
+ACTS = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
+built = pytest.mark.skipif(native.extension is None, reason="the C extension was not built")
+pytestmark = built
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def chain(channels, kernel, stride, padding, act="relu", bias=False, norm=True, seed=0):
+    """A depthwise conv, its norm and its activation, with numbers that differ from channel to channel."""
+    conv = nn.Conv2d(channels, channels, kernel, stride, padding, groups=channels, bias=bias)
+    bn = nn.BatchNorm2d(channels) if norm else nn.Identity()
+    generator = seeded(seed)
+    with torch.no_grad():
+        for tensor in (*conv.parameters(), *bn.parameters(), *bn.buffers()):
+            if tensor.dim():
+                tensor.uniform_(-1, 1, generator=generator)
+        if norm:
+            bn.running_var.abs_().add_(0.1)
+    return nn.Sequential(conv, bn, ACTS[act]()).eval()
+
+
+def some_map(shape, layout, seed=0, spoilt=0.0):
+    x = torch.randn(shape, generator=seeded(seed))
+    pick = torch.rand(shape, generator=seeded(seed + 1))
+    x[pick < spoilt] = math.nan
+    x[pick > 1 - spoilt] = math.inf
+    return x.contiguous(memory_format=layout)
+
+
+@contextlib.contextmanager
+def passes():
+    """Each run of the pass, by where it adds the maxima."""
+    usual, seen = native.depthwise, []
+
+    def depthwise(*arguments):
+        seen.append(arguments[5].name)
+        usual(*arguments)
+
+    native.depthwise = depthwise
+    try:
+        yield seen
+    finally:
+        native.depthwise = usual
+
+
+@contextlib.contextmanager
+def modules_only():
+    usual = onepass._plainly_computing
+    onepass._plainly_computing = lambda x: False
+    try:
+        yield
+    finally:
+        onepass._plainly_computing = usual
+
+
+def by_hand(x, modules, kernel, padding, merge):
+    """The sum, or what is summed, of the modules and torch's own pool."""
+    conv, bn, act = modules
+    pooled = F.max_pool2d(x, kernel, conv.stride, padding) if kernel else None
+    y = conv(x)
+    if merge == "BEFORE_NORM":
+        return act(bn(y + pooled))
+    y = act(bn(y))
+    return y + pooled if merge == "AFTER_ACTIVATION" else (y, pooled)
+
+
+def one_pass(x, modules, kernel, padding, merge, concatenated=False):
+    found = chains.read((modules[0],), tuple(modules[1:])) if merge == "BEFORE_NORM" else chains.read(tuple(modules))
+    conv, norm, limits = found[:3]
+    out = onepass._result(x, conv, 2 if concatenated else 1)
+    left, right = out.tensor_split(2, 1) if concatenated else (out, torch.empty_like(out))
+    right = right if merge == "BESIDE" and kernel else None
+    native.depthwise(x, conv, norm, limits, (kernel, padding), native.Merge[merge], left, right)
+    return left, right
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_pass_gives_what_the_modules_give(window, layout, threads, monkeypatch):
+    monkeypatch.setattr(native, "_threads", lambda x: threads)
+    kernel, stride, padding, pool, pool_padding = window
+    merges = ["AFTER_ACTIVATION", "BEFORE_NORM", "BESIDE"] if pool else ["BESIDE"]
+    shapes = [(1, 3, 7, 9), (2, 16, 12, 13), (2, 17, 15, 16), (1, 40, 33, 18), (3, 24, 9, 66), (1, 2, 70, 16)]
+    acts = ["none", "relu", "relu6", "hardswish"]
+    for number, (shape, merge) in enumerate(itertools.product(shapes, merges)):
+        act = acts[number % 4]
+        modules = chain(shape[1], kernel, stride, padding, act, bias=number % 2 == 0, norm=number % 3 > 0, seed=number)
+        x = some_map(shape, layout, number)
+        if merge == "BEFORE_NORM" and not isinstance(modules[1], nn.BatchNorm2d):
+            continue
+        with torch.inference_mode():
+            expected = by_hand(x, modules, pool, pool_padding, merge)
+            concatenated = merge == "BESIDE" and bool(pool) and number % 2 == 0
+            found = one_pass(x, modules, pool, pool_padding, merge, concatenated)
+        assert found[0].shape == (expected if torch.is_tensor(expected) else expected[0]).shape
+        for mine, theirs in zip(found, expected if merge == "BESIDE" else (expected, None), strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                assert_close(mine, theirs, **CLOSE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(5, 36), st.integers(5, 70)),
+    window=st.sampled_from(WINDOWS),
+    layout=st.sampled_from(LAYOUTS),
+    merge=st.sampled_from(list(native.Merge)),
+    act=st.sampled_from(["none", "relu", "relu6", "hardswish"]),
+    seed=st.integers(0, 99),
+)
+def test_any_map_with_nan_and_infinities(shape, window, layout, merge, act, seed):
+    kernel, stride, padding, pool, pool_padding = window
+    name = merge.name if pool else "BESIDE"
+    modules = chain(shape[1], kernel, stride, padding, act, bias=True, seed=seed)
+    x = some_map(shape, layout, seed, spoilt=0.01)
+    with torch.inference_mode():
+        expected = by_hand(x, modules, pool, pool_padding, name)
+        found = one_pass(x, modules, pool, pool_padding, name)
+    for mine, theirs in zip(found, expected if name == "BESIDE" else (expected, None), strict=True):
+        if theirs is not None:
+            assert_close(mine, theirs, **CLOSE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards memory by mprotect")
+def test_the_pass_stays_inside_its_maps():
+    """Maps end at, and begin after, a page that must not be touched; a step outside kills the process."""
+    script = """
+import ctypes, itertools, mmap
+import torch
+import torch.nn.functional as F
+from padfree import native
+from tests.test_onepass import WINDOWS, by_hand, chain
+from padfree import chains
+page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+area = mmap.mmap(-1, 2 * size + 3 * page)
+base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+for guard in (base, base + page + size, base + 2 * page + 2 * size):
+    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
+whole = memoryview(area)
+first, second = (torch.frombuffer(whole[at : at + size], dtype=torch.float32) for at in (page, 2 * page + size))
+def place(memory, shape, last, end):
+    n, c, h, w = shape
+    begin = memory.numel() - n * c * h * w if end else 0
+    flat = memory[begin : begin + n * c * h * w]
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2) if last else flat.view(n, c, h, w)
+count = 0
+shapes = [(1, 3, 5, 6), (2, 16, 9, 17), (1, 20, 7, 33), (2, 18, 12, 5)]
+for shape, window, last in itertools.product(shapes, WINDOWS, (0, 1)):
+    kernel, stride, padding, pool, pool_padding = window
+    modules = chain(shape[1], kernel, stride, padding, bias=True)
+    conv, norm, limits = chains.read(tuple(modules))[:3]
+    merge = "AFTER_ACTIVATION" if pool else "BESIDE"
+    for end in (False, True):
+        x = place(first, shape, last, end).copy_(torch.randn(shape))
+        with torch.inference_mode():
+            expected = by_hand(x.clone(), modules, pool, pool_padding, merge)
+            expected = expected if pool else expected[0]
+            out = place(second, expected.shape, last, end)
+            native.depthwise(x, conv, norm, limits, (pool, pool_padding), native.Merge[merge], out, None)
+        torch.testing.assert_close(out.clone(), expected, rtol=1e-5, atol=3e-5)
+        count += 1
+print(count)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) == 4 * len(WINDOWS) * 2 * 2
+
+
+def test_the_extension_refuses_what_it_cannot_run():
+    maps, one = (1, 1, 0, 0, 0, 0, 0), (1, 4, 9, 9, 4)
+    run = native.extension.depthwise
+    for windows, maxima, merge in [
+        ((7, 2, 0, 3, 0), 0, 1),
+        ((3, 3, 0, 3, 0), 0, 1),
+        ((3, 2, 0, 5, 0), 0, 1),
+        ((3, 2, 0, 3, 0), 1, 1),
+        ((3, 2, 0, 3, 0), 0, 0),
+        ((3, 2, 0, 0, 0), 0, 1),
+    ]:
+        with pytest.raises(ValueError):
+            run(maps, (1, maxima), one, windows, 0, merge, (0.0, 1.0, 0.0), 1)
+    with pytest.raises(ValueError, match="memory for every map"):
+        run((0, *maps[1:]), (1, 0), one, (3, 2, 0, 3, 0), 0, 1, (0.0, 1.0, 0.0), 1)
+
+
+# -- converted networks ---------------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "timm/mobilenetv3_small_100": 64,
+    "timm/ghostnet_100": 128,
+    "timm/efficientnet_lite0": 64,
+    "torchvision/shufflenet_v2_x0_5": 64,
+    "torchvision/mobilenet_v2": 64,
+    "timm/cifar_resnet20": 32,
+}
+
+
+def network(name):
+    import timm
+    import torchvision
+
+    kind, model = name.split("/")
+    if model == "cifar_resnet20":
+        return Net(Unit())
+    return timm.create_model(model) if kind == "timm" else torchvision.models.get_model(model)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_give_what_their_modules_give(name, layout):
+    torch.manual_seed(0)
+    model = padfree.convert(network(name), input_size=(3, NETWORKS[name], NETWORKS[name])).eval()
+    model = model.to(memory_format=layout)
+    x = torch.randn(2, 3, NETWORKS[name], NETWORKS[name]).contiguous(memory_format=layout)
+    with torch.no_grad(), passes() as seen:
+        found = model(x)
+    with torch.no_grad(), modules_only(), passes() as unseen:
+        expected = model(x)
+    assert seen and not unseen
+    assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("merge, found", [("conv", "BEFORE_NORM"), ("norm", "AFTER_ACTIVATION")])
+def test_the_sum_is_taken_where_the_options_say(merge, found):
+    model = padfree.convert(Net(Unit()), options=padfree.Options(merge=merge)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), passes() as seen:
+        quick = model(x)
+    assert found in seen or (merge == "norm" and seen)
+    with torch.no_grad(), modules_only():
+        assert_close(quick, model(x), **CLOSE)
+
+
+def test_a_generated_forward_has_a_body_for_torchscript():
+    model = padfree.convert(Net(Unit())).eval()
+    source = inspect.getsource(model.block.forward)
+    assert "if torch.jit.is_scripting():" in source and "downsample" in source
+    x = torch.randn(2, 3, 16, 16)
+    scripted = torch.jit.script(model)
+    assert "downsample" not in str(scripted.block.code)
+    with torch.no_grad():
+        assert_close(scripted(x), model(x), **CLOSE)
+
+
+@pytest.mark.parametrize("act", ["silu", "relu"])
+def test_what_is_not_understood_is_called(act):
+    modules = tuple(chain(8, 3, 2, 0, act))
+    x = torch.randn(2, 8, 15, 15)
+    called = []
+
+    class Mine(nn.Module):
+        def forward(self, x):
+            called.append(x.shape)
+            return x * 2
+
+    with torch.no_grad(), passes() as seen:
+        found = onepass.downsample(x, 3, 0, (*modules, Mine()), (Mine(),))
+    with torch.no_grad():
+        y = modules[2](modules[1](modules[0](x)))
+        assert_close(found, (y * 2 + F.max_pool2d(x, 3, 2)) * 2, **CLOSE)
+    assert seen == ["BESIDE"] and called == [(2, 8, 7, 7)] * 2
+
+
+@pytest.mark.parametrize("preact", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_stem_tail(stride, residual, preact):
+    torch.manual_seed(0)
+    norms, acts = (nn.BatchNorm2d(8), nn.BatchNorm2d(16 if preact else 8)), (nn.ReLU(), nn.ReLU())
+    tail = StemTail(8, norms, acts, stride=stride, residual=residual, preact=preact).eval()
+    x = torch.randn(2, 8, 12, 13)
+    with torch.no_grad(), passes() as seen:
+        found = tail(x)
+    assert seen == ([] if preact else ["BESIDE"])
+    with torch.no_grad(), modules_only():
+        assert_close(found, tail(x), **CLOSE)
+
+
+def test_a_reduction():
+    reduction = DepthwiseReduction(8, nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 8, 12, 13)
+    with torch.no_grad(), passes() as seen:
+        assert_close(reduction(x), reduction.norm(reduction.conv(x)), **CLOSE)
+    assert seen == ["BESIDE"]
+
+
+# -- who sees the modules themselves --------------------------------------------------------------------------------
+
+
+def hook(module):
+    module.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def replaced_forward(module):
+    module.forward = lambda x, usual=module.forward: usual(x) + 1
+
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+CHANGES = {
+    "a hook on the conv": lambda m: hook(m[0]),
+    "a hook on the norm": lambda m: hook(m[1]),
+    "a hook on the activation": lambda m: hook(m[2]),
+    "a pre-hook": lambda m: m[0].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,)),
+    "a forward of its own": lambda m: replaced_forward(m[1]),
+    "a norm in training": lambda m: m[1].train(),
+    "no running statistics": lambda m: [setattr(m[1], name, None) for name in ("running_mean", "running_var")],
+    "another eps": lambda m: setattr(m[1], "eps", 0.5),
+    "another limit": lambda m: setattr(m, "2", nn.Hardtanh(-0.1, 0.1)),
+    "a parametrized weight": lambda m: parametrize.register_parametrization(m[0], "weight", Doubling()),
+    "a weight norm": lambda m: parametrizations.weight_norm(m[0]).parametrizations.weight.original0.data.mul_(2),
+    "a pruned weight": lambda m: prune.random_unstructured(m[0], "weight", 0.5),
+    "another weight": lambda m: setattr(m[0], "weight", nn.Parameter(torch.randn(8, 1, 3, 3))),
+    "weights changed in place": lambda m: m[0].weight.data.mul_(2),
+    "weights of another layout": lambda m: setattr(m[0].weight, "data", m[0].weight.data.transpose(2, 3)),
+    "a bias": lambda m: setattr(m[0], "bias", nn.Parameter(torch.randn(8))),
+    "another padding": lambda m: setattr(m[0], "padding", (1, 1)),
+    "another norm": lambda m: setattr(m, "1", nn.InstanceNorm2d(8)),
+    "another activation": lambda m: setattr(m, "2", nn.GELU()),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["before", "after a first call"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_a_module_is_seen(change, again):
+    torch.manual_seed(0)
+    modules = chain(8, 3, 2, 0)
+    x = torch.randn(2, 8, 15, 16)
+    with torch.no_grad():
+        before = onepass.downsample(x, 3, 0, tuple(modules)) if again else None
+    CHANGES[change](modules)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        try:
+            y = modules[2](modules[1](modules[0](x)))
+            expected = y + F.max_pool2d(x, 3, 2)
+        except RuntimeError as error:  # a padding of one more: the sum does not fit
+            with pytest.raises(RuntimeError, match=str(error)[:20]):
+                onepass.downsample(x, 3, 0, tuple(modules))
+            return
+        found = onepass.downsample(x, 3, 0, tuple(modules))
+    assert_close(found, expected, **CLOSE)
+    assert before is None or not torch.allclose(found, before)
+
+
+def test_hooks_run_and_see_what_they_would():
+    modules = chain(8, 3, 2, 0)
+    x, seen = torch.randn(2, 8, 15, 16), []
+    handle = modules[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    with torch.no_grad(), passes() as merges:
+        onepass.downsample(x, 3, 0, tuple(modules))
+    assert merges == ["BESIDE"]
+    with torch.no_grad():
+        assert_close(seen[0], modules[0](x), **CLOSE)
+    handle.remove()
+    with torch.no_grad(), passes() as merges:
+        onepass.downsample(x, 3, 0, tuple(modules))
+    assert merges == ["AFTER_ACTIVATION"] and len(seen) == 1
+
+
+def test_a_patched_class_is_seen(monkeypatch):
+    modules, x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
+    with torch.no_grad():
+        before = onepass.downsample(x, 3, 0, tuple(modules))
+        usual = nn.BatchNorm2d.forward
+        monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: usual(self, x) + 5)
+        assert not torch.allclose(onepass.downsample(x, 3, 0, tuple(modules)), before)
+
+
+def test_global_hooks_are_called():
+    modules, x, seen = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+    try:
+        with torch.no_grad(), passes() as merges:
+            onepass.downsample(x, 3, 0, tuple(modules))
+    finally:
+        handle.remove()
+    assert not merges and seen == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+
+
+def looked_on(kind, modules, x):
+    def run(x):
+        return onepass.downsample(x, 3, 0, tuple(modules))
+
+    if kind == "gradients":
+        return run(x)
+    with torch.no_grad():
+        if kind == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return run(x)
+        if kind == "float64":
+            modules.double()
+            return run(x.double())
+        if kind == "vmap":
+            return torch.func.vmap(run)(x[None])[0]
+        if kind == "trace":
+            modules.requires_grad_(False)
+            return torch.jit.trace(run, x, check_trace=False)(x)
+        if kind == "flops":
+            with FlopCounterMode(display=False) as counter:
+                out = run(x)
+            assert counter.get_total_flops() > 0
+            return out
+        if kind == "one channel":
+            return onepass.downsample(x[:, :1], 3, 0, tuple(chain(1, 3, 2, 0)))
+        if kind == "a view":
+            return run(x.transpose(2, 3))
+        assert kind == "small"
+        with pytest.raises(RuntimeError):
+            run(x[:, :, :2])
+        return None
+
+
+@pytest.mark.parametrize(
+    "kind", ["gradients", "autocast", "float64", "vmap", "trace", "flops", "one channel", "a view", "small"]
+)
+def test_who_looks_on_sees_the_modules(kind):
+    modules, x = chain(8, 3, 2, 0), torch.randn(2, 8, 15, 16)
+    with passes() as merges:
+        out = looked_on(kind, modules, x)
+    assert not merges
+    assert out is None or out.shape[2:] in ((7, 7), (7, 7))
+    if kind == "gradients":
+        out.sum().backward()
+        assert modules[0].weight.grad is not None
+
+
+def test_symbolic_traces_and_graphs_see_the_modules():
+    model = padfree.convert(Net(Unit())).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        traced = fx.symbolic_trace(model)
+        assert "block.conv" in {node.target for node in traced.graph.nodes if node.op == "call_module"}
+        assert_close(traced(x), expected, **CLOSE)
+        exported = torch.export.export(model, (x,))
+        targets = {str(node.target) for node in exported.graph.nodes}
+        assert "aten.max_pool2d.default" in targets and "aten.conv2d.default" in targets
+        assert_close(exported.module()(x), expected, **CLOSE)
+
+
+def test_copies_and_pickles_have_chains_of_their_own():
+    model = padfree.convert(Net(Unit())).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(x)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert_close(other(x), expected, rtol=0, atol=0)
+            other.block.bn.running_mean.add_(1)
+            assert not torch.allclose(other(x), expected)
+        assert_close(model(x), expected, rtol=0, atol=0)
+
+
+def test_what_was_read_goes_with_its_modules():
+    gc.collect()
+    before = len(chains._KNOWN)
+    modules, x = [chain(8, 3, 2, 0), nn.Sequential(chain(8, 3, 2, 0))], torch.randn(1, 8, 9, 10)
+    with torch.no_grad():
+        for each in modules:
+            onepass.downsample(x, 3, 0, tuple(each))
+    assert len(chains._KNOWN) == before + 2
+    del modules, each
+    gc.collect()
+    assert len(chains._KNOWN) == before
+
+
+def test_threads_share_what_was_read():
+    modules, x, wrong = chain(8, 3, 2, 0), torch.randn(1, 8, 40, 41), []
+    with torch.no_grad():
+        expected = onepass.downsample(x, 3, 0, tuple(modules))
+
+    def work():
+        for number in range(50):
+            if number % 10 == 0:
+                chains._KNOWN.clear()
+            with torch.no_grad():
+                if not torch.equal(onepass.downsample(x, 3, 0, tuple(modules)), expected):
+                    wrong.append(number)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# -- norms with a forward of their own ------------------------------------------------------------------------------
+
+
+class NormAct(nn.BatchNorm2d):
+    """As libraries write them."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+class Counting(NormAct):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Twice(NormAct):
+    def forward(self, x):
+        return self.act(F.batch_norm(super().forward(x), self.running_mean, self.running_var))
+
+
+class Scaled(NormAct):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+class Shaped(NormAct):
+    def forward(self, x):
+        return super().forward(x) if x.shape[0] < 3 else x
+
+
+class Skipping(NormAct):
+    def forward(self, x):
+        normed = nn.BatchNorm2d.forward(self, x)
+        self.act(normed)
+        return normed
+
+
+class Shifted(NormAct):
+    def forward(self, x):
+        return self.act(F.batch_norm(x, self.running_mean + 1, self.running_var, self.weight, self.bias, eps=self.eps))
+
+
+@pytest.mark.parametrize(
+    "kind, behind",
+    [
+        (NormAct, ("drop", "act")),
+        (Counting, None),
+        (Twice, None),
+        (Scaled, None),
+        (Shaped, None),
+        (Skipping, None),
+        (Shifted, None),
+    ],
+)
+def test_norms_of_ones_own(kind, behind):
+    torch.manual_seed(0)
+    norm = kind(8).eval()
+    norm.running_mean.normal_()
+    state = copy.deepcopy(norm.state_dict())
+    assert children_behind(norm) == behind
+    assert all(torch.equal(state[name], tensor) for name, tensor in norm.state_dict().items())
+    conv, x = chain(8, 3, 2, 0)[0], torch.randn(4, 8, 15, 16)
+    with torch.no_grad(), passes() as seen:
+        found = onepass.downsample(x, 3, 0, (conv, norm))
+    assert seen == (["BESIDE"] if behind is None else ["AFTER_ACTIVATION"])
+    with torch.no_grad():
+        assert_close(found, norm(conv(x)) + max_pool(x, 3, 2, 0), **CLOSE)
+    norm.act = nn.Hardswish()
+    with torch.no_grad():
+        assert_close(onepass.downsample(x, 3, 0, (conv, norm)), norm(conv(x)) + max_pool(x, 3, 2, 0), **CLOSE)
+    norm.train()
+    assert children_behind(norm) is None
+
+
+def test_timm_norms_are_understood():
+    from timm.layers import BatchNormAct2d
+
+    norm = BatchNormAct2d(8, act_layer=nn.Hardswish).eval()
+    assert children_behind(norm) == ("drop", "act")
