@@ -3,12 +3,12 @@
     python -m benchmarks.floor --json floor.json
 
 `convs` runs nothing but a network's own convolutions, on the maps they get, in turns with the original's: what is left
-if pooling, adding, concatenating, norms and activations cost nothing. `free` runs the whole network, but its new pools
-and sums return at once with a map of the right shape; `copy` lets each pool copy as many bytes as it must read and
-write, and the sums add. No code for pools and sums brings a ratio of `benchmarks.latency` below `free`, and none that
-stands apart from the convolution below `copy`. For `--graphs`, ONNX Runtime and `torch.compile`, `free` is the network
-written or compiled without its new pools and sums. The last table times one 1x1 convolution on the even map of the
-original and the odd map that follows.
+if pooling, adding, concatenating, norms and activations cost nothing. `free` runs the whole network, but each pass of a
+strided chain (depthwise convolution, norm, activation, pool, sum; both branches of the stem) returns at once with a map
+of the right shape; `copy` lets it copy as many bytes as it must read and write. No code for these layers brings a ratio
+of `benchmarks.latency` below `free`. `modules` calls the chain's modules one by one, as training does. For `--graphs`,
+ONNX Runtime and `torch.compile`, `free` is the network written or compiled without its new pools and sums. The last
+table times one 1x1 convolution on the even map of the original and the odd map that follows.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import contextlib
 import functools
 import statistics
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import interleaved, machine, progress, ratio, title, write
 from benchmarks.latency import BATCHES, NETWORKS, PAPER, SIDES, Call, NotHere, build, pools, runner
+from padfree import native, onepass, pooling
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GRAPHS = ("onnxruntime", "compile")
@@ -70,36 +71,45 @@ def convolutions(model: nn.Module, x: torch.Tensor) -> Call:
     return run
 
 
-class IdealPools:
-    """A pool and a sum that compute nothing: they return at once, or (`copying`) after moving their bytes."""
+class IdealPass:
+    """A strided chain with its pool and sum that computes nothing: at once, or (`copying`) after moving its bytes."""
 
     def __init__(self, copying: bool) -> None:
         self.copying = copying
         self.maps: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
-    def pool(self, x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    def result(self, x: torch.Tensor, conv: nn.Conv2d, times: int = 1) -> torch.Tensor:
         """A map of the right shape, made once; a copy moves as much as reading `x` and writing the map."""
-        key = (x.shape, x.stride(), kernel, stride, padding)
+        key = (x.shape, x.stride(), conv.kernel_size, conv.stride, conv.padding, times)
         if key not in self.maps:
-            pooled = F.max_pool2d(x, kernel, stride, padding)
-            moved = torch.empty((x.numel() + pooled.numel()) // 2)
-            self.maps[key] = (pooled, moved, moved.clone())
-        pooled, source, target = self.maps[key]
+            made = _RESULT(x, conv, times).uniform_()
+            moved = torch.empty((x.numel() + made.numel()) // 2)
+            self.maps[key] = (made, moved, moved.clone())
+        made, source, target = self.maps[key]
         if self.copying:
             target.copy_(source)
-        return pooled
+        return made
 
-    def add(self, y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-        """`y` itself, or a true sum."""
-        return y + pooled if self.copying else y
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """For this long, every pass of a converted network is this one."""
+        usual = onepass._result, native.depthwise
+        onepass._result, native.depthwise = self.result, lambda *arguments: None
+        try:
+            yield
+        finally:
+            onepass._result, native.depthwise = usual
+
+
+_RESULT = onepass._result
 
 
 def whole(original: nn.Module, converted: nn.Module, image: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Padfree over original in eager mode: as it is, with free pools and sums, with pools at a copy's speed."""
+    """Padfree over original in eager mode: as it is, as modules called one by one, with an ideal pass."""
 
-    def ideally(ideal: IdealPools) -> Call:
+    def by(context: Callable[[], contextlib.AbstractContextManager[None]]) -> Call:
         def run() -> None:
-            with pools(ideal.pool, ideal.add):
+            with context():
                 converted(image)
 
         return run
@@ -107,8 +117,9 @@ def whole(original: nn.Module, converted: nn.Module, image: torch.Tensor, rounds
     calls = {
         "original": lambda: original(image),
         "now": lambda: converted(image),
-        "free": ideally(IdealPools(copying=False)),
-        "copy": ideally(IdealPools(copying=True)),
+        "modules": by(functools.partial(pools, pooling._pool, pooling._add)),
+        "free": by(IdealPass(copying=False)),
+        "copy": by(IdealPass(copying=True)),
     }
     with torch.inference_mode():
         timings = interleaved(calls, rounds)
@@ -200,7 +211,7 @@ def pointwise(rounds: int) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The Markdown table of the networks, with the geometric mean over those measured at each side and batch."""
-    times = [(f"whole {layout}", key) for layout in LAYOUTS for key in ("now", "copy", "free")]
+    times = [(f"whole {layout}", key) for layout in LAYOUTS for key in ("now", "modules", "copy", "free")]
     times += [(f"convs {layout}", "") for layout in LAYOUTS]
     heads = [kind.replace("whole ", f"{key}, ").replace("convs ", "convs, ") for kind, key in times]
     lines = [f"| network | side | batch | multiply-adds | bytes of leaf modules | {' | '.join(heads)} |"]

@@ -9,7 +9,8 @@ import timm
 import torch
 
 import padfree
-from benchmarks import agreement, floor, latency, shares
+from benchmarks import agreement, clock, floor, latency, onepass, shares
+from padfree import native
 
 pytest.importorskip("onnxruntime")
 
@@ -70,13 +71,13 @@ def test_shares_add_up_to_the_originals_time() -> None:
 
 
 @pytest.mark.parametrize("copying", [True, False])
-def test_ideal_pools_keep_the_shapes_and_are_taken_away_again(copying: bool) -> None:
-    converted = padfree.convert(timm.create_model("test_efficientnet").eval())
+def test_an_ideal_pass_keeps_the_shapes_and_is_taken_away_again(copying: bool) -> None:
+    converted = padfree.convert(timm.create_model("mobilenetv3_small_050").eval())
     image = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
         wanted = converted(image)
-        ideal = floor.IdealPools(copying)
-        with latency.pools(ideal.pool, ideal.add):
+        ideal = floor.IdealPass(copying)
+        with ideal():
             first, second = converted(image), converted(image)
         torch.testing.assert_close(converted(image), wanted, rtol=0, atol=0)
         with latency.plain_pools():
@@ -90,8 +91,22 @@ def test_the_floors_table_has_the_geometric_mean() -> None:
         made: dict[str, Any] = {"network": network, "side": 32, "batch": 1, "macs": time, "bytes": time}
         for layout in floor.LAYOUTS:
             made[f"convs {layout}"] = {"median": time}
-            made[f"whole {layout}"] = {key: {"median": time} for key in ("now", "copy", "free")}
+            made[f"whole {layout}"] = {key: {"median": time} for key in ("now", "modules", "copy", "free")}
         return made
 
     *_, last = floor.table([row("a", 0.5), row("b", 2.0)]).splitlines()
-    assert last == "| geometric mean | 32 | 1 |" + " 1.00 |" * 10
+    assert last == "| geometric mean | 32 | 1 |" + " 1.00 |" * 12
+
+
+@pytest.mark.skipif(native.extension is None, reason="the C extension was not built")
+@pytest.mark.parametrize("layout", onepass.LAYOUTS)
+def test_the_pass_is_measured_beside_its_modules(layout: str) -> None:
+    x = torch.randn(1, 8, 15, 16).contiguous(memory_format=onepass.LAYOUTS[layout])
+    with torch.inference_mode():
+        rows = [
+            onepass.measure("a chain", layout, onepass.chain(x, 3, 0, (3, 0), "relu"), rounds=1),
+            onepass.measure("a stem", layout, onepass.stem(x), rounds=1),
+        ]
+    assert all(set(row["microseconds"]) == {"chain", "modules", "pass"} for row in rows)
+    *_, last = onepass.table(rows, clock.machine()).splitlines()
+    assert last.startswith(f"| a stem | {layout} | ")
