@@ -81,7 +81,7 @@ def pools(pool: Callable[..., torch.Tensor], add: Callable[..., torch.Tensor]) -
     The convolutions, norms and activations beside them run as modules, one by one.
     """
     usual = pooling._pool, pooling._add, onepass._plainly_computing
-    pooling._pool, pooling._add, onepass._plainly_computing = pool, add, lambda x: False
+    pooling._pool, pooling._add, onepass._plainly_computing = pool, add, lambda: False
     try:
         yield
     finally:

@@ -11,23 +11,18 @@ ONNX Runtime by its own. Each operation counts with the lower quartile of its ru
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.clock import machine, progress, title
 from benchmarks.latency import PAPER, SIDES, build
-from padfree import native
 
 RUNTIMES = ("eager", "eager channels_last", "onnxruntime")
 _KINDS = {  # what an operator's name begins with, by kind; the first that fits counts
@@ -35,7 +30,7 @@ _KINDS = {  # what an operator's name begins with, by kind; the first that fits 
     "matrix product": ("mm", "addmm", "bmm", "gemm", "matmul", "linear"),
     "norm": ("native_batch_norm", "batchnorm"),
     "max-pool": ("max_pool", "maxpool", "maximum"),
-    "one pass": (),  # of the C extension: depthwise convolution, norm, activation, max-pool, sum
+    "one pass": ("depthwise",),  # depthwise convolution, norm, activation, max-pool and sum by the C extension
     "concatenation": ("cat", "concat"),
     "sum": ("add",),
     "layout": ("copy", "clone", "reorder", "transpose"),
@@ -46,34 +41,11 @@ _KINDS = {  # what an operator's name begins with, by kind; the first that fits 
 
 def kind_of(operator: str) -> str:
     """The kind that an ATen or ONNX operator belongs to; "other" where none fits."""
-    name = operator.lower().removeprefix("aten::")
+    name = operator.lower().removeprefix("aten::").removeprefix("padfree::")
     for kind, beginnings in _KINDS.items():
         if name.startswith(beginnings):
             return kind
     return "other"
-
-
-@contextlib.contextmanager
-def _extension_timed() -> Iterator[Counter[str]]:
-    """Microseconds in the C extension by kind: it is no operator of torch's, and so unseen by its profiler."""
-    spent: Counter[str] = Counter()
-
-    def timed(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            begun = time.perf_counter()
-            try:
-                return function(*arguments)
-            finally:
-                spent[kind] += round(1e6 * (time.perf_counter() - begun))
-
-        return run
-
-    usual = native.max_pool, native.depthwise
-    native.max_pool, native.depthwise = timed(usual[0], "max-pool"), timed(usual[1], "one pass")
-    try:
-        yield spent
-    finally:
-        native.max_pool, native.depthwise = usual
 
 
 def eager(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:
@@ -81,17 +53,15 @@ def eager(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:
     from torch.profiler import ProfilerActivity, profile
 
     totals: dict[str, list[float]] = defaultdict(list)
-    with torch.inference_mode(), _extension_timed() as extension:
+    with torch.inference_mode():
         for _ in range(3):
             model(x)
         for _ in range(runs):
-            extension.clear()
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 model(x)
             once: Counter[str] = Counter()
             for event in profiler.key_averages():
                 once[kind_of(event.key)] += event.self_cpu_time_total
-            once.update(extension)
             for kind, microseconds in once.items():
                 totals[kind].append(microseconds)
     return Counter({kind: _lower(times) for kind, times in totals.items()})

@@ -55,7 +55,7 @@ static void weigh(pass *p) {
     for (size c = 0; c < p->channels; c++) {
         p->scale[c] = p->mean == NULL ? 1.0f : (p->gain == NULL ? 1.0f : p->gain[c]) / sqrtf(p->variance[c] + p->eps);
         p->shift[c] = p->mean == NULL ? 0.0f : (p->offset == NULL ? 0.0f : p->offset[c]) - p->mean[c] * p->scale[c];
-        if (p->bias != NULL) p->shift[c] += p->bias[c] * p->scale[c];
+        p->added[c] = p->bias == NULL ? 0.0f : p->bias[c];
     }
     for (size block = 0; (p->last || by_blocks(p)) && block * VECTOR < p->channels; block++)
         for (size t = 0; t < area; t++)
@@ -63,15 +63,23 @@ static void weigh(pass *p) {
                 p->taps[(block * area + t) * VECTOR + i] = p->weight[(first_channel(p, block) + i) % p->channels * area + t];
 }
 
+/* Beside an infinite weight or a NaN a frame of zeros is not what torch sees there, which is nothing. */
+static int all_finite(const pass *p) {
+    int found = 1;
+    for (size i = 0; p->padding && i < p->channels * p->kernel * p->kernel; i++) found &= isfinite(p->weight[i]) != 0;
+    return found;
+}
+
 static int run(pass *p) {
     const int blocks = by_blocks(p);
     const size rows = item_rows(p), each = (p->rows + rows - 1) / rows;
     const size planes = blocks ? (p->channels + VECTOR - 1) / VECTOR : p->last ? 1 : p->channels, maps = p->count * planes;
-    float *memory = calloc((size_t)((p->channels + VECTOR) * (2 + p->kernel * p->kernel) + 3 * VECTOR), sizeof(float)), *rest = memory;
+    float *memory = calloc((size_t)((p->channels + VECTOR) * (3 + p->kernel * p->kernel) + 4 * VECTOR), sizeof(float)), *rest = memory;
     int failed = memory == NULL;
     if (failed) return failed;
     p->scale = carve(&rest, p->channels + VECTOR);
     p->shift = carve(&rest, p->channels + VECTOR);
+    p->added = carve(&rest, p->channels + VECTOR);
     p->taps = carve(&rest, (p->channels + VECTOR) * p->kernel * p->kernel);
     weigh(p);
 #ifdef _OPENMP
@@ -137,9 +145,10 @@ PyObject *depthwise(PyObject *self, PyObject *args) {
     p.pooled = (float *)(uintptr_t)pooled;
     p.act = p.low > p.high ? HARDSWISH : CLAMP;
     if (!sound(&p)) return NULL;
+    if (!all_finite(&p)) Py_RETURN_FALSE;
     Py_BEGIN_ALLOW_THREADS
     failed = run(&p);
     Py_END_ALLOW_THREADS
     if (failed) return PyErr_NoMemory();
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
 }

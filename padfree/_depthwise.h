@@ -15,7 +15,7 @@ typedef struct {
     int last, shared, merge, act, threads; /* last: channels_last; shared: the maxima of the convolution's own reads */
     float low, high, eps;
     const float *in, *weight, *bias, *mean, *variance, *gain, *offset;
-    float *out, *pooled, *taps, *scale, *shift;
+    float *out, *pooled, *taps, *added, *scale, *shift; /* added: the convolution's bias */
 } pass;
 
 typedef struct { /* one thread's memory */
@@ -57,25 +57,25 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
         else { LOOP(5, NONE) }                                                                                         \
     } while (0)
 
-/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. A and B: the
- * scale and shift of place i of a piece. */
+/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. A, B
+ * and C: scale, shift and bias of place i of a piece. */
 #define EACH(A, B, V, RESULT)                                                                                          \
     for (size j = 0; j < pieces; j++, sum += length, to += pitch, most += most == NULL ? 0 : length)                   \
         for (size i = 0; i < length; i++) {                                                                            \
-            const float v = (V)*A + B;                                                                                 \
+            const float v = (V)*(A) + (B);                                                                                 \
             to[i] = RESULT;                                                                                            \
         }
-#define FINISH(A, B, ACTIVATED)                                                                                        \
+#define FINISH(A, B, C, ACTIVATED)                                                                                        \
     do {                                                                                                               \
-        if (most == NULL) { EACH(A, B, sum[i], ACTIVATED) }                                                            \
-        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + most[i], ACTIVATED) }                                  \
-        else { EACH(A, B, sum[i], ACTIVATED + most[i]) }                                                               \
+        if (most == NULL) { EACH(A, B, sum[i] + C, ACTIVATED) }                                                            \
+        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                                  \
+        else { EACH(A, B, sum[i] + C, ACTIVATED + most[i]) }                                                               \
     } while (0)
-#define FINISH_EACH(A, B)                                                                                              \
+#define FINISH_EACH(A, B, C)                                                                                              \
     do {                                                                                                               \
         const float low = p->low, high = p->high;                                                                      \
-        if (p->act == HARDSWISH) FINISH(A, B, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                         \
-        else FINISH(A, B, clamp(v, low, high));                                                                        \
+        if (p->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                         \
+        else FINISH(A, B, C, clamp(v, low, high));                                                                        \
     } while (0)
 
 /* Whether a NaN may be missing among the maxima of the same windows: then it is among the sums. */

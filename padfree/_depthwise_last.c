@@ -30,9 +30,9 @@ INLINE void taps_last(const pass *p, const float *const row[5], size columns, fl
 #undef LOOP
 
 INLINE void finish_last(const pass *p, const float *restrict sum, const float *restrict most, float *restrict to) {
-    const float *restrict scale = p->scale, *restrict shift = p->shift;
+    const float *restrict scale = p->scale, *restrict shift = p->shift, *restrict added = p->added;
     const size length = p->channels, pieces = p->columns, pitch = p->out_channels;
-    FINISH_EACH(scale[i], shift[i]);
+    FINISH_EACH(scale[i], shift[i], added[i]);
 }
 
 /* One window that reaches over the left or right side: its taps between zeros, and its maxima without them. */
@@ -132,6 +132,7 @@ void block(const pass *p, scratch *mine, size n, size index) {
     q.taps = p->taps + index * VECTOR * p->kernel * p->kernel;
     q.scale = p->scale + from;
     q.shift = p->shift + from;
+    q.added = p->added + from;
     float *out = p->last ? p->out + at : mine->result;
     float *pooled = p->pooled == NULL ? NULL : p->last ? p->pooled + at : mine->pooled;
     if (p->last) set_in(p, p->in + begin, mine->block);

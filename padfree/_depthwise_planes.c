@@ -21,9 +21,9 @@ INLINE void taps_dense(const pass *p, const float *restrict w, const float *rest
 
 INLINE void finish_plane(const pass *p, size c, const float *restrict sum, const float *restrict most,
                          float *restrict to, size length) {
-    const float scale = p->scale[c], shift = p->shift[c];
+    const float scale = p->scale[c], shift = p->shift[c], added = p->added[c];
     const size pieces = 1, pitch = 0;
-    FINISH_EACH(scale, shift);
+    FINISH_EACH(scale, shift, added);
 }
 
 /* Columns of even and odd number. Whole vectors, where they fit, write past the line's end. */

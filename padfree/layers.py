@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from padfree.chains import is_bare
-from padfree.onepass import reduce, stem_branches
+from padfree.onepass import quick, reduce, stem_branches
 from padfree.pooling import max_pool, shortcut_pool
 
 
@@ -159,7 +159,7 @@ class StemTail(nn.Module):
     @torch.jit.unused
     def _both(self, x: Tensor) -> Tensor | None:
         """Both branches, concatenated, in one pass; None where they must be called one by one."""
-        if type(self.pool) is not StemPool or not is_bare(self.pool):
+        if not quick() or type(self.pool) is not StemPool or not is_bare(self.pool):
             return None
         return stem_branches(x, (self.conv_dw, self.norm1, self.act1), (3, self.pool.step, 1))
 

@@ -4,10 +4,12 @@ It is built where the installation finds a C compiler; `extension` is None elsew
 without it. A map is (N, C, H, W), dense, contiguous or channels_last but not both.
 """
 
+import contextlib
 from enum import IntEnum
 from operator import itemgetter
 
 import torch
+from torch.autograd.profiler import record_function
 
 try:
     from padfree import _maxpool as extension
@@ -37,7 +39,8 @@ def takes(x: torch.Tensor, kernel: int, stride: int) -> bool:
 def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """The maxima: (N, C, H, W) -> (N, C, h, w) in the same layout."""
     pooled = _result(x, kernel, stride, padding, x.dtype)
-    extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x))
+    with _named("padfree::max_pool"):
+        extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x))
     return pooled
 
 
@@ -56,6 +59,14 @@ def max_pool_backward(
     addresses = grad.data_ptr(), taps.data_ptr(), out.data_ptr()
     extension.max_pool_backward(*addresses, *_sizes(out), kernel, stride, padding, _threads(out))
     return out
+
+
+def _named(name: str) -> contextlib.AbstractContextManager[object]:
+    """For torch's profiler, where it is on: these are none of its operators."""
+    return record_function(name) if torch._C._autograd._profiler_enabled() else _UNNAMED
+
+
+_UNNAMED = contextlib.nullcontext()
 
 
 def _result(x: torch.Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
@@ -84,8 +95,10 @@ def depthwise(
     merge: Merge,
     out: torch.Tensor,
     pooled: torch.Tensor | None,
-) -> None:
+) -> bool:
     """A depthwise convolution, the norm and activation behind it and the max-pool beside it, in one pass.
+
+    False, and nothing done, where a weight is not finite and the map is padded.
 
     Args:
         x: (N, C, H, W), as `takes` asks for.
@@ -102,7 +115,7 @@ def depthwise(
     wide = out.stride(3) if last else out.stride(0) // out.stride(1)
     tensors = [x, *_CONV(conv._parameters)]
     tensors += _NONE if norm is None else (*_STATISTICS(norm._buffers), *_CONV(norm._parameters))
-    extension.depthwise(
+    arguments = (
         tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
         (out.data_ptr(), 0 if pooled is None else pooled.data_ptr()),
         (count, channels, height, width, wide),
@@ -112,6 +125,8 @@ def depthwise(
         (*limits, 0.0 if norm is None else norm.eps),
         _threads(x),
     )
+    with _named("padfree::depthwise"):
+        return extension.depthwise(*arguments)
 
 
 _CONV, _STATISTICS = itemgetter("weight", "bias"), itemgetter("running_mean", "running_var")

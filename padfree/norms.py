@@ -1,12 +1,14 @@
 """Batch norms with a forward of their own: whether it is the norm, and then children of theirs, and nothing else.
 
-Norms that carry their activation (timm's `BatchNormAct2d`, say) are such. Found out by running a copy with stand-ins
-for its children while every function of torch's is watched, in this thread only.
+Norms that carry their activation (timm's `BatchNormAct2d`, say) are such. Their code must name nothing but what a norm
+and its children are made of, and do so when a stand-in is run while every function of torch's is watched.
 """
 
 from __future__ import annotations
 
-import copy
+import dis
+import functools
+import types
 from typing import Any
 
 import torch
@@ -16,14 +18,25 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["children_behind"]
 
+_GLOBALS = [torch, F, nn, nn.BatchNorm2d, torch._assert, F.batch_norm]
+_BUILTINS = {"super", "float"}
+_NAMES = {  # attributes: a norm's own, those of modules and functions that compute no more than it, a tensor's rank
+    *("training", "momentum", "track_running_stats", "num_batches_tracked", "eps", "num_features", "affine"),
+    *("running_mean", "running_var", "weight", "bias", "add_", "forward", "nn", "functional", "BatchNorm2d"),
+    *("batch_norm", "_assert", "ndim", "dim", "jit", "is_scripting"),
+}
+
 
 def children_behind(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
     """The children that a norm's forward calls on the norm's result in eval mode, in order; None where it does more.
 
     Args:
-        norm: with a forward of its own; it is not changed.
+        norm: in eval mode, with a forward of its own; it is not changed.
     """
-    if norm.training:
+    names = tuple(norm._modules)
+    forwards = [vars(owner)["forward"] for owner in type(norm).__mro__ if "forward" in vars(owner)]
+    own = forwards[: forwards.index(nn.BatchNorm2d.forward)] if nn.BatchNorm2d.forward in forwards else None
+    if norm.training or own is None or not all(_names_no_more(forward, names) for forward in own):
         return None
     try:
         return _watched(norm)
@@ -31,29 +44,46 @@ def children_behind(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
         return None
 
 
+@functools.lru_cache(maxsize=256)
+def _names_no_more(forward: Any, children: tuple[str, ...]) -> bool:
+    """Whether a function reads and writes nothing but a norm's attributes and children, and torch's modules."""
+    if not isinstance(forward, types.FunctionType) or forward.__code__.co_freevars not in ((), ("__class__",)):
+        return False
+    for step in dis.get_instructions(forward):
+        name, value = step.opname, step.argval
+        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found = forward.__globals__.get(value, ...)
+            if not (any(found is known for known in _GLOBALS) or (found is ... and value in _BUILTINS)):
+                return False
+        elif name in ("STORE_ATTR", "DELETE_ATTR"):
+            if value != "num_batches_tracked":  # counted in train mode
+                return False
+        elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if value not in _NAMES and value not in children:
+                return False
+        elif name in ("MAKE_FUNCTION", "IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "YIELD_VALUE"):
+            return False
+    return True
+
+
 def _watched(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
     called: list[tuple[str, Any, Any]] = []
-    twin = copy.deepcopy(norm)
-    twin._modules = {name: _StandIn(name, called) for name in norm._modules}
-    before = _settings(twin)
+    twin = object.__new__(type(norm))
+    twin.__dict__.update(norm.__dict__)
+    twin.__dict__["_modules"] = {name: _StandIn(name, called) for name in norm._modules}
     x = torch.empty(2, norm.num_features, 3, 3).normal_(generator=torch.Generator().manual_seed(0))
     watch = _Watch()
     with torch.no_grad(), watch:
         result = twin.forward(x)
-    if len(watch.norms) != 1 or watch.others or _settings(twin) != before:
+    if len(watch.norms) != 1 or watch.others:
         return None
     arguments, out = watch.norms[0]
-    expected = (x, twin.running_mean, twin.running_var, twin.weight, twin.bias, False, twin.eps)
+    expected = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, norm.eps)
     same = all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(arguments, expected, strict=True))
     for _, given, passed_on in called:
         same = same and given is out
         out = passed_on
     return tuple(name for name, _, _ in called) if same and result is out else None
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    own = {name: value for name, value in module.__dict__.items() if name[0] != "_"}
-    return {name: repr(value) for name, value in own.items()}
 
 
 class _StandIn(nn.Module):

@@ -19,7 +19,15 @@ from padfree.chains import Chain, Modules, read
 from padfree.native import Merge
 from padfree.pooling import add_shortcut, ordinary, shortcut_pool, watched
 
-__all__ = ["downsample", "reduce", "stem_branches"]
+__all__ = ["downsample", "quick", "reduce", "stem_branches"]
+
+
+def quick() -> bool:
+    """Whether somebody plainly computes here, in inference: no gradients, nobody who traces, compiles or looks on."""
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return False
+    else:  # which the compiler of TorchScript skips
+        return _plainly_computing()
 
 
 def downsample(x: torch.Tensor, kernel: int, padding: int, before: Modules, behind: Modules = ()) -> torch.Tensor:
@@ -32,29 +40,28 @@ def downsample(x: torch.Tensor, kernel: int, padding: int, before: Modules, behi
         before: the convolution and what follows it, up to the sum.
         behind: what follows the sum (ShuffleNetV2's norm).
     """
-    chain = _chain(x, before, behind, 2, kernel, padding) if _plainly_computing(x) else None
-    if chain is None:
-        pooled = shortcut_pool(x, kernel, padding)
-        return _called(behind, add_shortcut(_called(before, x), pooled))
-    out = _result(x, chain.conv)
-    pool = (kernel, padding)
-    if chain.rest:
-        pooled = torch.empty_like(out)
-        native.depthwise(x, *chain[:3], pool, Merge.BESIDE, out, pooled)
-        out = add_shortcut(_called(chain.rest, out), pooled)
-    else:
-        native.depthwise(x, *chain[:3], pool, Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION, out, None)
-    return _called(chain.behind, out)
+    chain = _chain(x, before, behind, 2, kernel, padding)
+    if chain is not None:
+        out = _result(x, chain.conv)
+        merge = Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION
+        pooled = torch.empty_like(out) if chain.rest else None
+        merge = Merge.BESIDE if chain.rest else merge
+        if native.depthwise(x, *chain[:3], (kernel, padding), merge, out, pooled):
+            if pooled is not None:
+                out = add_shortcut(_called(chain.rest, out), pooled)
+            return _called(chain.behind, out)
+    pooled = shortcut_pool(x, kernel, padding)
+    return _called(behind, add_shortcut(_called(before, x), pooled))
 
 
 def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
     """`modules(x)`: a strided depthwise convolution and what follows it, without a pool."""
-    chain = _chain(x, modules, (), 2, 0, 0) if _plainly_computing(x) else None
-    if chain is None:
-        return _called(modules, x)
-    out = _result(x, chain.conv)
-    native.depthwise(x, *chain[:3], (0, 0), Merge.BESIDE, out, None)
-    return _called(chain.rest, out)
+    chain = _chain(x, modules, (), 2, 0, 0) if quick() else None
+    if chain is not None:
+        out = _result(x, chain.conv)
+        if native.depthwise(x, *chain[:3], (0, 0), Merge.BESIDE, out, None):
+            return _called(chain.rest, out)
+    return _called(modules, x)
 
 
 def stem_branches(x: torch.Tensor, modules: Modules, pool: tuple[int, int, int]) -> torch.Tensor | None:
@@ -66,20 +73,19 @@ def stem_branches(x: torch.Tensor, modules: Modules, pool: tuple[int, int, int])
         pool: the kernel, stride and padding of the max-pool beside it, pixels.
     """
     kernel, stride, padding = pool
-    chain = _chain(x, modules, (), stride, kernel, padding) if _plainly_computing(x) else None
+    chain = _chain(x, modules, (), stride, kernel, padding)
     if chain is None or chain.rest:
         return None
     out = _result(x, chain.conv, 2)
     left, right = out.tensor_split(2, 1)
-    native.depthwise(x, *chain[:3], (kernel, padding), Merge.BESIDE, left, right)
-    return out
+    return out if native.depthwise(x, *chain[:3], (kernel, padding), Merge.BESIDE, left, right) else None
 
 
-def _plainly_computing(x: torch.Tensor) -> bool:
+def _plainly_computing() -> bool:
     return not (
         torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
         or torch.is_grad_enabled()
+        or native.extension is None
         or torch.is_autocast_enabled("cpu")
         or watched()
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
@@ -88,7 +94,7 @@ def _plainly_computing(x: torch.Tensor) -> bool:
 
 def _chain(x: torch.Tensor, before: Modules, behind: Modules, stride: int, kernel: int, padding: int) -> Chain | None:
     """The chain that the extension can run on this map, with this pool beside it (kernel 0: none)."""
-    if not (native.takes(x, kernel or 3, stride) and ordinary(x, kernel or 3, padding)):
+    if type(x) is not torch.Tensor or not (native.takes(x, kernel or 3, stride) and ordinary(x, kernel or 3, padding)):
         return None
     chain = read(before, behind)
     if chain is None:

@@ -3,8 +3,8 @@
     y = self.bn(self.conv(x)); out = add_shortcut(y, shortcut_pool(x))
     ->  out = downsample(x, 3, 0, (self.conv, self.bn))
 
-`padfree.onepass.downsample` computes the same, in one pass over the map where it can. TorchScript, which cannot hand
-modules to a function, reads the first body.
+`padfree.onepass.downsample` computes the same, in one pass over the map where it can. Training, tracers, compilers and
+TorchScript, which cannot hand modules to a function, run the first body.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import fx
 from padfree.onepass import downsample
 from padfree.pooling import add_shortcut, shortcut_pool
 
-__all__ = ["quickened", "two_bodies"]
+__all__ = ["QUICK", "quickened", "two_bodies"]
 
+QUICK = "padfree_onepass_quick"  # what `padfree.onepass.quick` is called in a generated forward
 BEHIND = 2  # calls behind a sum that may belong to it: a norm and an activation
 
 
@@ -75,11 +76,11 @@ def _behind(total: fx.Node) -> list[fx.Node]:
 
 
 def two_bodies(plain: str, quick: str) -> str:
-    """One `def forward` of two: the first body for TorchScript, the second for everybody else."""
+    """One `def forward` of two: the second body for who plainly computes, the first for everybody else."""
     head, first = _split(plain)
     _, second = _split(quick)
     indented = [textwrap.indent(body, "    ") for body in (first, second)]
-    return f"{head}    if torch.jit.is_scripting():\n{indented[0]}    else:\n{indented[1]}"
+    return f"{head}    if torch.jit.is_scripting() or not {QUICK}():\n{indented[0]}    else:\n{indented[1]}"
 
 
 def _split(source: str) -> tuple[str, str]:

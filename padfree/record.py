@@ -106,18 +106,21 @@ class CallTracker:
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self.calls: list[Call] = []
         self._recorder = recorder
-        self._handles = []
+        self._tables: list[dict[Any, Any]] = []
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # a leaf: its operations are seen, its calls are not
+            # what `register_forward_hook` does, without its handles and their weak references, which take longer
             before = functools.partial(self._before, path)
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._after, with_kwargs=True))
+            for name, hook in (("_forward_pre_hooks", before), ("_forward_hooks", self._after)):
+                for table, entry in ((name, hook), (f"{name}_with_kwargs", True)):
+                    module.__dict__[table][self] = entry
+                    self._tables.append(module.__dict__[table])
 
     def remove(self) -> None:
         """Take the hooks off again."""
-        for handle in self._handles:
-            handle.remove()
+        for table in self._tables:
+            del table[self]
 
     def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         recorder, index = self._recorder, len(self.calls)

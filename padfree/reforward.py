@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from padfree import onepass
 from padfree.errors import LockedStateError, PadfreeError, Refusal
-from padfree.quicken import quickened, two_bodies
+from padfree.quicken import QUICK, quickened, two_bodies
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
 Locked = tuple[tuple[str, Any], ...]
@@ -38,7 +39,7 @@ def graph_source(graph: fx.Graph) -> tuple[str, Names]:
     quick = quickened(graph)
     if quick is not None:
         faster, others = _written(quick)
-        both = {"torch": torch, **found, **others}
+        both = {"torch": torch, QUICK: onepass.quick, **found, **others}
         if all(both[name] is value for name, value in (*found.items(), *others.items())):
             source, found = two_bodies(source, faster), both
     return source, tuple(_name(name, value) for name, value in sorted(found.items()))

@@ -69,14 +69,14 @@ def _check_training(original: Recording, converted: nn.Module) -> None:
     """Branches that run in training only, such as auxiliary heads."""
     like = replace(original, example=repeat_batch(original.example))
     try:
-        with in_mode(original.model.modules(), True):
-            record(original.model, like=like)
-    except ForwardFailedError:  # it wants labels, say: nothing to compare with
-        return
-    try:
         with in_mode(converted.modules(), True):
             record(converted, like=like)
     except ForwardFailedError as error:
+        try:
+            with in_mode(original.model.modules(), True):
+                record(original.model, like=like)
+        except ForwardFailedError:  # it wants labels, say: nothing to compare with
+            return
         raise Refusal(f"in train mode {_blame(original, error)}") from error
 
 
