@@ -90,6 +90,9 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         for computed in _computed(module.__dict__):
             memo.setdefault(id(computed), computed.detach().clone())
+        for held in module.__dict__.values():
+            if type(held) is OrderedDict and not held and not held.__dict__:  # tables of hooks: most of the work
+                memo.setdefault(id(held), OrderedDict())
     try:
         duplicate: nn.Module = copy.deepcopy(model, memo)
     except Exception as error:

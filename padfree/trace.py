@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import inspect
+import pickle
 import random
 import sys
 import threading
@@ -289,8 +290,7 @@ _TRIES = 4  # other threads may draw from the same generators meanwhile
 def _random_states() -> tuple[Any, ...]:
     """Of the generators that are not torch's."""
     numpy = sys.modules.get("numpy")
-    drawn = () if numpy is None else numpy.random.get_state()[1:3]
-    return (random.getstate(), *(str(part) for part in drawn))
+    return random.getstate(), b"" if numpy is None else pickle.dumps(numpy.random.get_state())
 
 
 def _resolves(module: nn.Module, path: str) -> bool:
