@@ -94,7 +94,7 @@ class IdealPass:
     def __call__(self) -> Iterator[None]:
         """For this long, every pass of a converted network is this one."""
         usual = onepass._result, native.depthwise
-        onepass._result, native.depthwise = self.result, lambda *arguments: None
+        onepass._result, native.depthwise = self.result, lambda *arguments: True
         try:
             yield
         finally:
