@@ -9,7 +9,7 @@ from glob import glob
 
 from setuptools import Extension, setup
 
-UNIX = ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd", "-std=c11"]
+UNIX = ["-O3", "-fvisibility=hidden", "-fno-trapping-math", "-ffp-contract=fast", "-std=c11"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 STABLE_ABI = not sysconfig.get_config_var("Py_GIL_DISABLED")  # free-threaded Python has none yet, and goes without
 

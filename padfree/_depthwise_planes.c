@@ -52,7 +52,7 @@ INLINE void fill(const pass *p, const float *from, float *lines, size phase, siz
             else memset(line, 0, (size_t)bytes);
             continue;
         }
-        float *const sides[2] = {lines + (r & 1) * 2 * phase + (r >> 1) * pitch, sides[0] + phase};
+        float *const even = lines + (r & 1) * 2 * phase + (r >> 1) * pitch, *const sides[2] = {even, even + phase};
         if (inside) {
             part(source, end, sides[padding & 1] + padding / 2, sides[~padding & 1] + (padding + 1) / 2, width);
             for (size j = 0; j < padding; j++) {

@@ -33,6 +33,8 @@ def quick() -> bool:
 def downsample(x: torch.Tensor, kernel: int, padding: int, before: Modules, behind: Modules = ()) -> torch.Tensor:
     """`behind(before(x) + pool(x))`: (N, C, H, W) -> (N, C, h, w), a strided conv's chain and its max-pool shortcut.
 
+    For who has asked `quick` before, as generated forwards do.
+
     Args:
         x: what the strided convolution reads.
         kernel: the pool's, pixels; its stride is 2.
@@ -66,6 +68,8 @@ def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
 
 def stem_branches(x: torch.Tensor, modules: Modules, pool: tuple[int, int, int]) -> torch.Tensor | None:
     """`cat(modules(x), pool(x))` of a stem tail: (N, C, H, W) -> (N, 2C, h, w); None where it must be called in parts.
+
+    For who has asked `quick` before.
 
     Args:
         x: the stem's own output.
