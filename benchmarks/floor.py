@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.clock import interleaved, machine, progress, ratio, title, write
 from benchmarks.latency import BATCHES, NETWORKS, PAPER, SIDES, Call, NotHere, build, pools, runner
-from padfree import native, onepass, pooling
+from padfree import native, pooling
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GRAPHS = ("onnxruntime", "compile")
@@ -76,16 +76,19 @@ class IdealPass:
 
     def __init__(self, copying: bool) -> None:
         self.copying = copying
-        self.maps: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.results: dict[tuple[Any, ...], tuple[Any, torch.Tensor, torch.Tensor]] = {}
 
-    def result(self, x: torch.Tensor, conv: nn.Conv2d, times: int = 1) -> torch.Tensor:
-        """A map of the right shape, made once; a copy moves as much as reading `x` and writing the map."""
-        key = (x.shape, x.stride(), conv.kernel_size, conv.stride, conv.padding, times)
-        if key not in self.maps:
-            made = _RESULT(x, conv, times).uniform_()
-            moved = torch.empty((x.numel() + made.numel()) // 2)
-            self.maps[key] = (made, moved, moved.clone())
-        made, source, target = self.maps[key]
+    def one_pass(self, watch: Any, x: torch.Tensor, *others: Any) -> Any:
+        """What the pass gives, made once; a copy moves as much as reading `x` and writing that."""
+        key = (id(watch), x.shape, x.stride())
+        if key not in self.results:
+            made = _ONE_PASS(watch, x, *others)
+            if made is None or made is native.CHANGED:
+                return made
+            maps = [each.uniform_() for each in (made if isinstance(made, tuple) else (made,))]
+            moved = torch.empty((x.numel() + sum(each.numel() for each in maps)) // 2)
+            self.results[key] = (made, moved, moved.clone())
+        made, source, target = self.results[key]
         if self.copying:
             target.copy_(source)
         return made
@@ -93,15 +96,14 @@ class IdealPass:
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
         """For this long, every pass of a converted network is this one."""
-        usual = onepass._result, native.depthwise
-        onepass._result, native.depthwise = self.result, lambda *arguments: True
+        native.one_pass = self.one_pass
         try:
             yield
         finally:
-            onepass._result, native.depthwise = usual
+            native.one_pass = _ONE_PASS
 
 
-_RESULT = onepass._result
+_ONE_PASS = native.one_pass
 
 
 def whole(original: nn.Module, converted: nn.Module, image: torch.Tensor, rounds: int) -> dict[str, dict[str, float]]:

@@ -22,10 +22,11 @@ from padfree.layers import StemTail
 from padfree.pooling import add_shortcut, shortcut_pool
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish, "none": nn.Identity}
+ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "hardswish": nn.Hardswish, "silu": nn.SiLU, "none": nn.Identity}
 CASES = [  # (shape, kernel, padding, the pool's kernel and padding, activation), as the paper's networks have them
     ((1, 64, 112, 112), 3, 0, 3, 0, "relu"),
     ((1, 72, 55, 55), 5, 1, 3, 0, "relu"),
+    ((1, 144, 55, 55), 5, 1, 3, 0, "silu"),
     ((1, 240, 27, 27), 3, 0, 3, 0, "hardswish"),
     ((1, 672, 13, 13), 5, 1, 3, 0, "hardswish"),
     ((1, 672, 13, 13), 5, 1, 5, 1, "none"),
@@ -63,7 +64,7 @@ def stem(x: torch.Tensor) -> dict[str, Any]:
     return {
         "chain": lambda: onepass._called(modules, x),
         "modules": lambda: torch.cat((onepass._called(modules, x), tail.pool(x)), 1),
-        "pass": lambda: onepass.stem_branches(x, modules, (3, 1, 1)),
+        "pass": lambda: onepass.stem_branches(x, modules, tail.pool, (3, 1, 1)),
     }
 
 

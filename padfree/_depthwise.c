@@ -52,25 +52,35 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
 FOR_EVERY_CPU
 static void weigh(pass *p) {
     const size area = p->kernel * p->kernel;
+    int places[5 * 5];
     for (size c = 0; c < p->channels; c++) {
         p->scale[c] = p->mean == NULL ? 1.0f : (p->gain == NULL ? 1.0f : p->gain[c]) / sqrtf(p->variance[c] + p->eps);
         p->shift[c] = p->mean == NULL ? 0.0f : (p->offset == NULL ? 0.0f : p->offset[c]) - p->mean[c] * p->scale[c];
         p->added[c] = p->bias == NULL ? 0.0f : p->bias[c];
     }
-    for (size block = 0; (p->last || by_blocks(p)) && block * VECTOR < p->channels; block++)
-        for (size t = 0; t < area; t++)
-            for (size i = 0; i < VECTOR; i++)
-                p->taps[(block * area + t) * VECTOR + i] = p->weight[(first_channel(p, block) + i) % p->channels * area + t];
+    if (!p->last && !by_blocks(p)) return;
+    for (int t = 0; t < area; t++) places[t] = t * VECTOR;
+    for (size block = 0; block * VECTOR < p->channels; block++)
+        turn(p->weight + first_channel(p, block) * area, p->channels < VECTOR ? p->channels : VECTOR, area, places,
+             p->taps + block * area * VECTOR);
+    for (size i = p->channels; i < VECTOR; i++) /* pixels of few channels are worked on side by side */
+        for (size t = 0; t < area; t++) p->taps[t * VECTOR + i] = p->taps[t * VECTOR + i - p->channels];
 }
 
 /* Beside an infinite weight or a NaN a frame of zeros is not what torch sees there, which is nothing. */
-static int all_finite(const pass *p) {
-    int found = 1;
-    for (size i = 0; p->padding && i < p->channels * p->kernel * p->kernel; i++) found &= isfinite(p->weight[i]) != 0;
-    return found;
+FOR_EVERY_CPU
+int all_finite(const pass *p) {
+    const uint32_t exponent = 0x7f800000;
+    const size count = p->padding ? p->channels * p->kernel * p->kernel : 0;
+    uint32_t bits, found = 0;
+    for (size i = 0; i < count; i++) {
+        memcpy(&bits, p->weight + i, sizeof bits);
+        found |= (bits & exponent) == exponent;
+    }
+    return !found;
 }
 
-static int run(pass *p) {
+int depthwise(pass *p) {
     const int blocks = by_blocks(p);
     const size rows = item_rows(p), each = (p->rows + rows - 1) / rows;
     const size planes = blocks ? (p->channels + VECTOR - 1) / VECTOR : p->last ? 1 : p->channels, maps = p->count * planes;
@@ -105,50 +115,16 @@ static int run(pass *p) {
     return failed;
 }
 
-static int sound(pass *p) {
-    const shape conv = {1, p->height, p->width, 1, p->kernel, p->stride, p->padding, 0, 0};
-    shape window = conv, pool = {1, p->height, p->width, 1, p->pool, p->stride, p->pool_padding, 0, 0};
+int depthwise_fits(pass *p) {
+    shape window = {1, p->height, p->width, 1, p->kernel, p->stride, p->padding, 0, 0}, pool = window;
+    pool.kernel = p->pool;
+    pool.padding = p->pool_padding;
     if (!complete(&window) || (p->pool && !complete(&pool))) return 0;
     p->rows = window.rows;
     p->columns = window.columns;
-    const int alike = !p->pool || (pool.rows == p->rows && pool.columns == p->columns);
-    const int places = p->pool ? (p->merge == BESIDE) == (p->pooled != NULL) : p->merge == BESIDE && p->pooled == NULL;
-    if (!alike || !places || p->count < 1 || p->channels < 1 || p->out_channels < p->channels || !p->in || !p->weight ||
-        !p->out || !p->mean != !p->variance) {
-        PyErr_SetString(PyExc_ValueError, "a pool of the convolution's own result size, and memory for every map");
-        return 0;
-    }
     const int same = p->pool == p->kernel && p->pool_padding == p->padding, inner = p->pool == 3 && p->pool_padding == 0;
     /* a plane's band has room for one kind of edge only */
     p->shared = same && (p->padding == 0 || (p->last && !by_blocks(p))) ? ALL : inner && p->padding == (p->kernel - 3) / 2;
-    return 1;
-}
-
-PyObject *depthwise(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long in, weight, bias, mean, variance, gain, offset, out, pooled;
-    pass p;
-    int failed;
-    if (!PyArg_ParseTuple(args, "(KKKKKKK)(KK)(nnnnn)(nnnnn)ii(fff)i", &in, &weight, &bias, &mean, &variance, &gain,
-                          &offset, &out, &pooled, &p.count, &p.channels, &p.height, &p.width, &p.out_channels,
-                          &p.kernel, &p.stride, &p.padding, &p.pool, &p.pool_padding, &p.last, &p.merge, &p.low,
-                          &p.high, &p.eps, &p.threads))
-        return NULL;
-    p.in = (const float *)(uintptr_t)in;
-    p.weight = (const float *)(uintptr_t)weight;
-    p.bias = (const float *)(uintptr_t)bias;
-    p.mean = (const float *)(uintptr_t)mean;
-    p.variance = (const float *)(uintptr_t)variance;
-    p.gain = (const float *)(uintptr_t)gain;
-    p.offset = (const float *)(uintptr_t)offset;
-    p.out = (float *)(uintptr_t)out;
-    p.pooled = (float *)(uintptr_t)pooled;
-    p.act = p.low > p.high ? HARDSWISH : CLAMP;
-    if (!sound(&p)) return NULL;
-    if (!all_finite(&p)) Py_RETURN_FALSE;
-    Py_BEGIN_ALLOW_THREADS
-    failed = run(&p);
-    Py_END_ALLOW_THREADS
-    if (failed) return PyErr_NoMemory();
-    Py_RETURN_TRUE;
+    /* both windows have one centre, so that both results have one size */
+    return p->pool ? p->kernel - 2 * p->padding == p->pool - 2 * p->pool_padding : p->merge == BESIDE;
 }

@@ -1,13 +1,12 @@
 /* What the parts of the depthwise pass share: its sizes, the taps of a window, and what is done with their sums. */
 #ifndef PADFREE_DEPTHWISE_H
 #define PADFREE_DEPTHWISE_H
-#include "_maxpool.h"
+#include "_turn.h"
 
-enum { CLAMP, HARDSWISH };
+enum { CLAMP, HARDSWISH, SILU };
 enum { BESIDE, AFTER_ACTIVATION, BEFORE_NORM }; /* the maxima: a map of their own, or where they are added */
-enum { VECTOR = 16, NARROW = 16, TALL = 64 };   /* floats of a vector; the sides of small maps, pixels */
+enum { NARROW = 16, TALL = 64 };                /* the sides of small maps, pixels */
 #define VECTORISED _Pragma("omp simd")
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     size count, channels, height, width, kernel, stride, padding, pool, pool_padding, rows, columns;
@@ -28,6 +27,20 @@ static inline float spread(float a, float b) { return takes(b, a) ? b : a; } /* 
 static inline float clamp(float v, float low, float high) {
     v = v < low ? low : v;
     return v > high ? high : v;
+}
+
+/* e^v: 2^n times the series of what is left of v, which is at most ln(2) / 2. */
+static inline float exponential(float v) {
+    const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number, n */
+    const float bounded = clamp(v, -87.0f, 89.0f), shifted = bounded * 1.44269504f + magic, n = shifted - magic;
+    const float r = bounded - n * 0.693145752f - n * 1.42860677e-6f; /* ln(2) in two parts */
+    const float tail = 1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720)));
+    uint32_t bits;
+    float power; /* half of 2^n: 2^128 is no float */
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 126) << 23;
+    memcpy(&power, &bits, sizeof power);
+    return (1.0f + r + r * r * (0.5f + r * tail)) * power * 2.0f;
 }
 
 /* AT(a, b): what lies under row a and column b of the window; W(t): the weight of tap t. */
@@ -75,6 +88,7 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
     do {                                                                                                               \
         const float low = p->low, high = p->high;                                                                      \
         if (p->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                         \
+        else if (p->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                            \
         else FINISH(A, B, C, clamp(v, low, high));                                                                        \
     } while (0)
 
@@ -123,6 +137,9 @@ INLINE size phase_floats(const pass *p, size rows) {
     return (p->stride == 2 ? (lines + 1) / 2 : lines) * line_pitch(p) + 4 * VECTOR;
 }
 
+int depthwise_fits(pass *p);       /* fills rows, columns and shared; 0 where the windows do not fit, or not together */
+int all_finite(const pass *p);     /* what a pass with padding needs of its weights */
+int depthwise(pass *p);            /* nonzero where memory was wanting */
 /* Sixteen channels of one small map; rows first ... last of a plane. */
 void block(const pass *p, scratch *mine, size n, size index);
 void band(const pass *p, scratch *mine, size plane, size rows, size first, size last);

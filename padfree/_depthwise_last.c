@@ -90,17 +90,6 @@ void rows_last(const pass *p, scratch *mine, size n, size first, size last) {
 
 /* -- small maps: sixteen channels, set into a frame of zeros -------------------------------------------------------- */
 
-/* A few pixels of all planes at a time, so that what is written to lies in the cache. `places`: of a map's pixels. */
-INLINE void turn(const pass *p, const float *restrict from, const int *restrict places, float *restrict to) {
-    const size planes = p->channels < VECTOR ? p->channels : VECTOR;
-    const int area = (int)(p->height * p->width);
-    for (int i = 0; i < area; i++, from++) {
-        float *restrict at = to + places[i];
-        if (planes == VECTOR) VECTORISED for (int c = 0; c < VECTOR; c++) at[c] = from[c * area];
-        else for (int c = 0; c < planes; c++) at[c] = from[c * area];
-    }
-}
-
 INLINE void set_in(const pass *p, const float *restrict from, float *restrict to) {
     const size channels = p->channels, width = p->width, wide = width + 2 * p->padding;
     to += (p->padding * wide + p->padding) * VECTOR;
@@ -109,17 +98,10 @@ INLINE void set_in(const pass *p, const float *restrict from, float *restrict to
             for (size i = 0; i < VECTOR; i++) to[(y * wide + x) * VECTOR + i] = from[(y * width + x) * channels + i];
 }
 
-INLINE void turn_back(const pass *p, const float *restrict from, float *restrict to) {
-    const size planes = p->channels < VECTOR ? p->channels : VECTOR, area = p->rows * p->columns;
-    for (size first = 0; first < area; first += VECTOR)
-        for (size c = 0; c < planes; c++)
-            for (size i = first; i < (first + VECTOR < area ? first + VECTOR : area); i++)
-                to[c * area + i] = from[i * VECTOR + c];
-}
-
 FOR_EVERY_CPU
 void block(const pass *p, scratch *mine, size n, size index) {
     const size from = first_channel(p, index), pixels = p->rows * p->columns, wide = p->width + 2 * p->padding;
+    const size planes = p->channels < VECTOR ? p->channels : VECTOR;
     const size begin = p->last ? n * p->height * p->width * p->channels + from : (n * p->channels + from) * p->height * p->width;
     const size at = p->last ? n * pixels * p->out_channels + from : (n * p->out_channels + from) * pixels;
     const float *map = mine->block + (p->padding * wide + p->padding) * VECTOR; /* for a pool without padding */
@@ -136,7 +118,7 @@ void block(const pass *p, scratch *mine, size n, size index) {
     float *out = p->last ? p->out + at : mine->result;
     float *pooled = p->pooled == NULL ? NULL : p->last ? p->pooled + at : mine->pooled;
     if (p->last) set_in(p, p->in + begin, mine->block);
-    else turn(p, p->in + begin, mine->places, mine->block);
+    else turn(p->in + begin, planes, p->height * p->width, mine->places, mine->block);
     if (p->pool_padding) { /* the maxima of a frame of -inf */
         map = mine->framed;
         for (size y = p->padding; y < p->padding + p->height; y++)
@@ -148,6 +130,6 @@ void block(const pass *p, scratch *mine, size n, size index) {
         row_last(&q, mine->block, map, mine, row, out + to, pooled == NULL ? NULL : pooled + to);
     }
     if (p->last) return;
-    turn_back(p, mine->result, p->out + at);
-    if (p->pooled != NULL) turn_back(p, mine->pooled, p->pooled + at);
+    turn_back(mine->result, planes, pixels, p->out + at);
+    if (p->pooled != NULL) turn_back(mine->pooled, planes, pixels, p->pooled + at);
 }

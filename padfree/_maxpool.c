@@ -130,14 +130,16 @@ static int pool(const pool_job *job, int threads) {
 
 int complete(shape *s) {
     if ((s->kernel != 3 && s->kernel != 5) || (s->stride != 1 && s->stride != 2) || s->padding < 0 ||
-        2 * s->padding >= s->kernel || s->height < s->kernel || s->width < s->kernel || s->planes < 1 || s->unit < 1) {
-        PyErr_SetString(PyExc_ValueError,
-                        "windows of 3 or 5 pixels, stride 1 or 2, padding below half a window, inside the map");
+        2 * s->padding >= s->kernel || s->height < s->kernel || s->width < s->kernel || s->planes < 1 || s->unit < 1)
         return 0;
-    }
     s->rows = (s->height + 2 * s->padding - s->kernel) / s->stride + 1;
     s->columns = (s->width + 2 * s->padding - s->kernel) / s->stride + 1;
     return 1;
+}
+
+PyObject *refused(void) {
+    PyErr_SetString(PyExc_ValueError, "windows of 3 or 5 pixels, stride 1 or 2, padding below half a window, inside the map");
+    return NULL;
 }
 
 static PyObject *max_pool(PyObject *self, PyObject *args) {
@@ -152,7 +154,7 @@ static PyObject *max_pool(PyObject *self, PyObject *args) {
         PyErr_SetString(PyExc_ValueError, "a map without memory");
         return NULL;
     }
-    if (!complete(&job.s)) return NULL;
+    if (!complete(&job.s)) return refused();
     job.in = (const float *)(uintptr_t)in;
     job.out = (float *)(uintptr_t)out;
     job.pitch = pool_pitch(job.s.width, job.s.padding);
@@ -171,9 +173,9 @@ static PyMethodDef methods[] = {
      "max_pool_taps(in, out, taps, planes, ...): the same, and the tap of each maximum, one byte."},
     {"max_pool_backward", max_pool_backward, METH_VARARGS,
      "max_pool_backward(grad, taps, out, planes, ...): the gradient of the input, of the sizes that it had."},
-    {"depthwise", depthwise, METH_VARARGS,
-     "depthwise((in, weight, bias, mean, variance, gain, offset), (out, pooled), (count, channels, height, width,\n"
-     "out_channels), (kernel, stride, padding, pool, pool_padding), channels_last, merge, (low, high, eps), threads)."},
+    {"onepass", onepass, METH_VARARGS,
+     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, threads): the result, or both;\n"
+     "None where it cannot be done here, False where the modules are not what was read any more."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "padfree._maxpool", NULL, 0, methods, NULL, NULL, NULL, NULL};

@@ -31,12 +31,13 @@ typedef struct {
 /* Whether `b`, which comes later in a window, takes the place of `a`: a larger one does, and so does NaN. */
 static inline int takes(float b, float a) { return (b > a) | (b != b); }
 
-int complete(shape *shape); /* fills rows and columns; 0 with an exception set where the window is not one of ours */
+int complete(shape *shape); /* fills rows and columns; 0 where the window is not one of ours, or larger than the map */
+PyObject *refused(void);    /* NULL, with an exception that says so */
 size pool_pitch(size width, size padding);
 size pool_floats(size width, size padding, size unit);                     /* of a thread's buffer, zero at first, */
 void pool_edges(float *buffer, size floats, size padding, size unit);      /* whose edges this makes, */
 void pool_group(const pool_job *job, float *buffer, size first, size last); /* for rows of the result */
-PyObject *depthwise(PyObject *self, PyObject *args);
+PyObject *onepass(PyObject *self, PyObject *args);
 PyObject *max_pool_taps(PyObject *self, PyObject *args);
 PyObject *max_pool_backward(PyObject *self, PyObject *args);
 

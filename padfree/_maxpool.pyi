@@ -1,5 +1,7 @@
 """The C extension, built where a compiler is at hand; addresses of memory, then sizes. Called by `padfree.native`."""
 
+from typing import Any
+
 def max_pool(
     source: int,
     target: int,
@@ -38,13 +40,16 @@ def max_pool_backward(
     padding: int,
     threads: int,
 ) -> None: ...
-def depthwise(
-    tensors: tuple[int, ...],
-    targets: tuple[int, int],
-    sizes: tuple[int, int, int, int, int],
-    windows: tuple[int, int, int, int, int],
-    channels_last: bool,
+def onepass(
+    table: object,
+    kinds: tuple[type, ...],
+    watch: tuple[object, ...],
+    map: object,
+    modules: tuple[object, ...],
+    stride: int,
+    pool: int,
+    pool_padding: int,
     merge: int,
-    limits: tuple[float, float, float],
+    joined: bool,
     threads: int,
-) -> bool: ...
+) -> Any: ...

@@ -151,7 +151,7 @@ PyObject *max_pool_taps(PyObject *self, PyObject *args) {
                           &s.stride, &s.padding, &threads))
         return NULL;
     if (in == 0 || out == 0 || taps == 0) return refuse_null();
-    if (!complete(&s)) return NULL;
+    if (!complete(&s)) return refused();
     Py_BEGIN_ALLOW_THREADS
     failed = pool(&s, (const float *)(uintptr_t)in, (float *)(uintptr_t)out, (uint8_t *)(uintptr_t)taps, threads);
     Py_END_ALLOW_THREADS
@@ -168,7 +168,7 @@ PyObject *max_pool_backward(PyObject *self, PyObject *args) {
                           &s.stride, &s.padding, &threads))
         return NULL;
     if (grad == 0 || taps == 0 || out == 0) return refuse_null();
-    if (!complete(&s)) return NULL;
+    if (!complete(&s)) return refused();
     const size results = s.rows * s.columns * s.unit, area = s.height * s.width * s.unit;
     const float *g = (const float *)(uintptr_t)grad;
     const uint8_t *t = (const uint8_t *)(uintptr_t)taps;

@@ -7,11 +7,12 @@ is seen at the next call, and ends what can be read. Nothing here keeps a module
 
 from __future__ import annotations
 
+import enum
+import functools
 import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -19,229 +20,165 @@ import torch.nn.functional as F
 from torch import nn
 
 from padfree.norms import children_behind
+from padfree.watch import has_usual, is_bare, refs, state
 
-__all__ = ["HARDSWISH", "NO_LIMITS", "Chain", "Modules", "is_bare", "read"]
+__all__ = ["Chain", "Functional", "Modules", "listed", "read"]
 
-Modules = tuple[nn.Module, ...]
 
-HARDSWISH = (1.0, 0.0)  # no clamp has such limits
-NO_LIMITS = (-math.inf, math.inf)
+class Functional(enum.Enum):
+    """An activation that a forward calls as a function, called as a module would be; by its name in `F`."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_REPLACED = ("forward", "_call_impl", "_conv_forward", "_check_input_dim")  # by instance attributes
-_CALLING = attrgetter("__call__", "_call_impl", "__getattr__", "__getattribute__")
-_USUAL_CALL = _CALLING(nn.Module)
-_FUNCTIONS = attrgetter("conv2d", "batch_norm", "relu", "hardtanh", "hardswish")
-_USUAL_FUNCTIONS = _FUNCTIONS(F)
+    RELU = "relu"
+    RELU6 = "relu6"
+    HARDSWISH = "hardswish"
+    SILU = "silu"
 
-# Settings of an instance, by its base class.
-_CONV = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = ("training", "num_features", "eps", "momentum", "track_running_stats")
-# By the base class: the functions of a class that decide what it computes, and the settings of an instance.
-_KINDS: tuple[tuple[type[nn.Module], Any, Any], ...] = (
-    (nn.Conv2d, attrgetter("forward", "_conv_forward"), itemgetter(*_CONV)),
-    (nn.BatchNorm2d, attrgetter("forward", "_check_input_dim"), itemgetter(*_NORM)),
-    (nn.Sequential, attrgetter("forward", "__iter__"), itemgetter("training")),
-    (nn.Hardtanh, attrgetter("forward"), itemgetter("min_val", "max_val")),
-    (nn.Module, attrgetter("forward"), itemgetter("training")),
-)
-_USUAL = {base: functions(base) for base, functions, _ in _KINDS[:-1]}
-_RELU, _HARDSWISH = nn.ReLU.forward, nn.Hardswish.forward
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(...) -> (...)."""
+        activated: torch.Tensor = getattr(F, self.value)(x)
+        return activated
+
+    @classmethod
+    def of(cls, function: object) -> Functional | None:
+        """The one that this function of torch's is."""
+        if function is torch.relu:
+            return cls.RELU
+        return next((each for each in cls if function is getattr(F, each.value)), None)
+
+
+Modules = tuple[nn.Module | Functional, ...]
+
+Activation = tuple[int, float, float]  # its kind, as in `_depthwise.h`, and what a clamp clamps to
+_CLAMP, _HARDSWISH, _SILU = range(3)
+_NO_ACTIVATION: Activation = (_CLAMP, -math.inf, math.inf)
+
+_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu6", "hardtanh", "hardswish", "silu", "dropout", "dropout2d")
+_USUAL = {name: getattr(F, name) for name in _FUNCTIONS}
+_ACTIVATIONS: dict[Any, Activation] = {
+    nn.ReLU.forward: (_CLAMP, 0.0, math.inf),
+    nn.Hardswish.forward: (_HARDSWISH, 0.0, 0.0),
+    nn.SiLU.forward: (_SILU, 0.0, 0.0),
+    Functional.RELU6: (_CLAMP, 0.0, 6.0),
+}
+_ACTIVATIONS |= {
+    Functional.RELU: _ACTIVATIONS[nn.ReLU.forward],
+    Functional.HARDSWISH: _ACTIVATIONS[nn.Hardswish.forward],
+    Functional.SILU: _ACTIVATIONS[nn.SiLU.forward],
+}
 _NOTHING = {nn.Identity.forward, nn.Dropout.forward, nn.Dropout2d.forward}  # in eval mode
 
 
-class Chain(NamedTuple):
+_KNOWN: dict[int, Chain] = {}
+
+
+class Chain:
     """A depthwise convolution at the beginning of a sequence of modules, and what was understood of what follows it."""
 
-    conv: nn.Conv2d  # windows of 3x3 or 5x5 pixels
-    norm: nn.BatchNorm2d | None  # by running statistics
-    limits: tuple[float, float]  # the activation: a clamp to these, or HARDSWISH
-    rest: Modules
-    late: bool  # the norm and the activation stand behind the sum, and nothing between
-    behind: Modules
+    __slots__ = ("_behind", "_first", "_rest", "late", "watch")
+
+    def __init__(self, before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> None:
+        self._first = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
+        states: dict[int, tuple[Any, ...]] = {}
+        try:
+            found = _read(before, behind, beside, states)
+        except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
+            found = _Found(_NOTHING_READ, before, False, behind)
+        self.watch = (refs(listed(before, behind, beside)), tuple(states.values()), *_WORLD, *found.read)
+        self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
+        self._rest, self._behind = refs(found.rest), refs(found.behind)
+
+    @property
+    def rest(self) -> Modules:
+        """What is left to call before the sum."""
+        return tuple([ref() for ref in self._rest]) if self._rest else ()
+
+    @property
+    def behind(self) -> Modules:
+        """What is left to call on the sum."""
+        return tuple([ref() for ref in self._behind]) if self._behind else ()
 
 
-def read(before: Modules, behind: Modules = ()) -> Chain | None:
-    """What these modules compute in eval mode; None where they do not begin with a depthwise convolution.
+def _forget(table: dict[int, Chain], key: int, gone: weakref.ref[nn.Module]) -> None:
+    known = table.get(key)
+    if known is not None and known._first is gone:
+        del table[key]
+
+
+def read(before: Modules, behind: Modules = (), beside: tuple[nn.Module, ...] = (), *, again: bool = False) -> Chain:
+    """What these modules compute in eval mode; kept until it is read `again`.
 
     Args:
         before: called one after another, each on what the one before returned, up to a sum.
         behind: called on the sum.
+        beside: called on what `before` is; nothing is read where they do more than their classes' forwards.
+        again: the modules have changed since.
     """
     known = _KNOWN.get(id(before[0]))
-    if known is None or not known.holds(before, behind):
-        known = _Known(before, behind)
+    if known is None or again:
+        known = Chain(before, behind, beside)
         _KNOWN[id(before[0])] = known
-    return known.chain()
+    return known
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Whether calling it runs its class's forward and nothing besides."""
-    own = module.__dict__
-    return (
-        not _hooked(own)
-        and not any(name in own for name in _REPLACED)
-        and own.get("_compiled_call_impl") is None
-        and _CALLING(type(module)) == _USUAL_CALL
-    )
+def listed(before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> tuple[object, ...]:
+    """All of them, so that one can see which was where."""
+    return (*before, None, *behind, None, *beside)
 
 
-def _hooked(own: dict[str, Any]) -> bool:
-    return any([own.get(name) for name in _HOOKS])
+class _Found(NamedTuple):
+    read: tuple[Any, ...]  # references to convolution and norm; channels, kernel, stride, padding; activation, eps
+    rest: Modules
+    late: bool
+    behind: Modules
 
 
-class _State:
-    """What decides what calling a module does, but for its tensors, which are looked at each time.
-
-    Short comparisons: this is asked between the layers of a network, where every byte read is a missed one.
-    """
-
-    __slots__ = ("calling", "children", "count", "functions", "hooked", "kind", "read", "ref", "settings")
-
-    def __init__(self, module: nn.Module) -> None:
-        own, self.kind, self.ref = module.__dict__, type(module), weakref.ref(module)
-        functions, settings = next(found[1:] for found in _KINDS if isinstance(module, found[0]))
-        self.read = functions, settings
-        self.functions, self.calling = functions(self.kind), _CALLING(self.kind)
-        self.settings, self.hooked = settings(own), _hooked(own)
-        self.count = len(own)  # another one would be a forward of its own, say
-        self.children = [child if child is None else weakref.ref(child) for child in own["_modules"].values()]
-
-    def holds(self) -> bool:
-        module = self.ref()
-        kind = type(module)
-        if kind is not self.kind:
-            return False
-        own, (functions, settings) = module.__dict__, self.read
-        children = own["_modules"]
-        return (
-            len(own) == self.count
-            and functions(kind) == self.functions
-            and _CALLING(kind) == self.calling
-            and settings(own) == self.settings
-            and _hooked(own) is self.hooked
-            and len(children) == len(self.children)
-            and (not children or _same(self.children, children.values()))
-        )
+_NOTHING_READ = (None, None, (), ())
+_WORLD = F.__dict__, tuple(part for pair in _USUAL.items() for part in pair)
 
 
-def _same(refs: Any, modules: Any) -> bool:
-    return all([(ref if ref is None else ref()) is module for ref, module in zip(refs, modules, strict=True)])
-
-
-class _Known:
-    """What was read, and the state of all modules that were looked at."""
-
-    __slots__ = ("first", "found", "others", "states")
-
-    def __init__(self, before: Modules, behind: Modules) -> None:
-        key = id(before[0])
-        self.first = weakref.ref(before[0], lambda gone: _forget(key, gone))
-        self.others = [weakref.ref(module) for module in before[1:] + behind]
-        looked_at: list[nn.Module] = []
-        self.found = _read(before, behind, looked_at)
-        self.states = [_State(module) for module in looked_at]
-
-    def holds(self, before: Modules, behind: Modules) -> bool:
-        """Whether it was read of these modules, and they are as they were."""
-        others = before[1:] + behind
-        if self.first() is not before[0] or len(others) != len(self.others) or not _same(self.others, others):
-            return False
-        try:
-            return all([state.holds() for state in self.states]) and _FUNCTIONS(F) == _USUAL_FUNCTIONS
-        except Exception:  # settings are gone, or cannot be compared
-            return False
-
-    def chain(self) -> Chain | None:
-        """What was read, as long as its tensors are what the extension reads."""
-        if self.found is None:
-            return None
-        conv, norm, limits, rest, late, behind = self.found
-        own, statistics = conv(), None if norm is None else norm()
-        if not _conv_holds(own) or not (norm is None or _norm_holds(statistics)):
-            return None
-        following = tuple([ref() for ref in rest]) if rest else ()
-        return Chain(own, statistics, limits, following, late, tuple([ref() for ref in behind]) if behind else ())
-
-
-_KNOWN: dict[int, _Known] = {}
-
-
-def _forget(key: int, gone: weakref.ref[nn.Module]) -> None:
-    known = _KNOWN.get(key)
-    if known is not None and known.first is gone:
-        del _KNOWN[key]
-
-
-def _conv_holds(conv: Any) -> bool:
-    parameters, channels = conv._parameters, conv.out_channels
-    bias = parameters.get("bias")
-    weight = parameters.get("weight")
-    return _is_plain(weight, (channels, 1, *conv.kernel_size)) and (bias is None or _is_plain(bias, (channels,)))
-
-
-def _norm_holds(norm: Any) -> bool:
-    shape, buffers, parameters = (norm.num_features,), norm._buffers, norm._parameters
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    return (
-        _is_plain(buffers.get("running_mean"), shape)
-        and _is_plain(buffers.get("running_var"), shape)
-        and (weight is None or _is_plain(weight, shape))
-        and (bias is None or _is_plain(bias, shape))
-    )
-
-
-def _is_plain(tensor: Any, shape: tuple[int, ...]) -> bool:
-    """Whether these are plain float32 numbers of this shape, one after another in the CPU's memory."""
-    return (
-        type(tensor) in _PLAIN
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and tensor.shape == shape
-        and tensor.is_contiguous()
-        and tensor.data_ptr() != 0
-        and not tensor.is_neg()
-    )
-
-
-_PLAIN = (nn.Parameter, torch.Tensor)
-
-_Found = tuple[Any, Any, tuple[float, float], tuple[Any, ...], bool, tuple[Any, ...]]
-
-
-def _read(before: Modules, behind: Modules, looked_at: list[nn.Module]) -> _Found | None:
-    parts = _Parts(before, looked_at)
+def _read(
+    before: Modules, behind: Modules, beside: tuple[nn.Module, ...], states: dict[int, tuple[Any, ...]]
+) -> _Found:
+    for module in beside:
+        states[id(module)] = state(module)
+    parts = _Parts(before, states)
     conv = parts.first()
-    if conv is None or not _is_depthwise(conv) or _FUNCTIONS(F) != _USUAL_FUNCTIONS:
-        return None
+    patched = any(getattr(F, name, None) is not usual for name, usual in _USUAL.items())
+    if patched or not (_is_depthwise(conv) and all(is_bare(module) for module in beside)):
+        return _Found(_NOTHING_READ, before, False, behind)
     parts.take()
-    norm, limits = _norm_and_act(parts, conv.out_channels)
+    channels = int(conv.in_channels)
+    norm, act = _norm_and_act(parts, channels)
     late, rest, left = False, parts.left(), behind
-    if not rest and behind and norm is None and limits == NO_LIMITS:
-        parts = _Parts(behind, looked_at)
-        norm, found = _norm_and_act(parts, conv.out_channels)
+    if not rest and behind and norm is None and act == _NO_ACTIVATION:
+        parts = _Parts(behind, states)
+        norm, found = _norm_and_act(parts, channels)
         if norm is not None:
-            late, limits, left = True, found, parts.left()
-    refs = [tuple(weakref.ref(module) for module in modules) for modules in (rest, left)]
-    return weakref.ref(conv), None if norm is None else weakref.ref(norm), limits, refs[0], late, refs[1]
+            late, act, left = True, found, parts.left()
+    window = tuple(int(size) for size in (channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]))
+    eps, statistics = (0.0, None) if norm is None else (float(norm.eps), weakref.ref(norm))
+    return _Found((weakref.ref(conv), statistics, window, (*act, eps)), rest, late, left)
 
 
 class _Parts:
     """Modules yet to be read, with the Sequentials at their front taken apart."""
 
-    def __init__(self, modules: Sequence[nn.Module], looked_at: list[nn.Module]) -> None:
-        self._left, self._looked_at = deque(modules), looked_at
+    def __init__(self, modules: Modules, states: dict[int, tuple[Any, ...]]) -> None:
+        self._left, self._states = deque[Any](modules), states
 
     def first(self) -> Any:
         while self._left:
             module = self._left[0]
-            self._looked_at.append(module)
-            if not (_has_usual(nn.Sequential, module) and is_bare(module)):
+            if not isinstance(module, nn.Module):  # a function, or None: a child that was taken away
                 return module
-            self.take(list(module._modules.values()))  # type: ignore[arg-type]
+            if id(module) not in self._states:
+                self._states[id(module)] = state(module)  # before anything is read
+            if not (has_usual(nn.Sequential, module) and is_bare(module)):
+                return module
+            self.take(list(module._modules.values()))
         return None
 
-    def take(self, instead: Sequence[nn.Module] = ()) -> None:
+    def take(self, instead: Sequence[Any] = ()) -> None:
         self._left.popleft()
         self._left.extendleft(reversed(instead))
 
@@ -249,39 +186,36 @@ class _Parts:
         return tuple(self._left)
 
 
-def _has_usual(base: type[nn.Module], module: nn.Module) -> bool:
-    functions = next(found[1] for found in _KINDS if found[0] is base)
-    return isinstance(module, base) and functions(type(module)) == _USUAL[base]
-
-
-def _norm_and_act(parts: _Parts, channels: int) -> tuple[Any, tuple[float, float]]:
+def _norm_and_act(parts: _Parts, channels: int) -> tuple[Any, Activation]:
     """The norm and the activation at the front, which are taken away."""
-    norm, limits = _after_nothing(parts), NO_LIMITS
+    norm, understood = _after_nothing(parts), _NO_ACTIVATION
     children = _children(norm, channels)
     if children is None:
         norm = None
     else:
         parts.take([norm._modules[name] for name in children])
     act = _after_nothing(parts)
-    found = None if act is None else _limits(act)
+    found = None if act is None else _activation(act)
     if found is not None:
-        limits = found
+        understood = found
         parts.take()
         _after_nothing(parts)
-    return norm, limits
+    return norm, understood
 
 
 def _after_nothing(parts: _Parts) -> Any:
     """The module at the front, once those that do nothing in eval mode are gone."""
     while True:
         module = parts.first()
-        if module is None or type(module).forward not in _NOTHING or module.training or not is_bare(module):
+        forward = getattr(type(module), "forward", None)
+        does_nothing = isinstance(module, nn.Module) and forward in _NOTHING and not module.training
+        if not (does_nothing and is_bare(module)):
             return module
         parts.take()
 
 
 def _is_depthwise(conv: Any) -> bool:
-    if not _has_usual(nn.Conv2d, conv) or not is_bare(conv) or not _own_tensors(conv, ("weight", "bias")):
+    if not has_usual(nn.Conv2d, conv) or not is_bare(conv) or not _own_tensors(conv, ("weight", "bias")):
         return False
     channels, kernel, padding = conv.in_channels, conv.kernel_size, conv.padding
     return bool(
@@ -311,15 +245,20 @@ def _children(norm: Any, channels: int) -> tuple[str, ...] | None:
         return None
     if type(norm)._check_input_dim is not nn.BatchNorm2d._check_input_dim:
         return None
-    return () if _has_usual(nn.BatchNorm2d, norm) else children_behind(norm)
+    return () if has_usual(nn.BatchNorm2d, norm) else children_behind(norm)
 
 
-def _limits(act: Any) -> tuple[float, float] | None:
+def _activation(act: Any) -> Activation | None:
+    if isinstance(act, Functional):
+        return _ACTIVATIONS[act]
     if not is_bare(act):
         return None
-    forward = type(act).forward
-    if forward is _RELU:
-        return (0.0, math.inf)
-    if _has_usual(nn.Hardtanh, act) and act.min_val <= act.max_val:
-        return (float(act.min_val), float(act.max_val))
-    return HARDSWISH if forward is _HARDSWISH else None
+    if not has_usual(nn.Hardtanh, act):
+        return _ACTIVATIONS.get(getattr(type(act), "forward", None))
+    low, high = act.min_val, act.max_val
+    plain = all(type(limit) in (int, float) and _is_float32(limit) for limit in (low, high)) and low <= high
+    return (_CLAMP, float(low), float(high)) if plain else None
+
+
+def _is_float32(number: float) -> bool:
+    return math.isinf(number) or abs(number) <= torch.finfo(torch.float32).max

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from padfree.chains import is_bare
 from padfree.onepass import quick, reduce, stem_branches
 from padfree.pooling import max_pool, shortcut_pool
 
@@ -72,6 +72,13 @@ class StemPool(nn.MaxPool2d):
     def forward(self, input: Tensor) -> Tensor:
         """Pool."""
         return max_pool(input, 3, self.step, 1)
+
+
+_USUAL_FORWARD = StemPool.forward
+
+
+def _is_usual(pool: nn.Module) -> bool:
+    return type(pool) is StemPool and StemPool.forward is _USUAL_FORWARD
 
 
 def _quickened(pool: nn.Module) -> nn.Module:
@@ -159,9 +166,13 @@ class StemTail(nn.Module):
     @torch.jit.unused
     def _both(self, x: Tensor) -> Tensor | None:
         """Both branches, concatenated, in one pass; None where they must be called one by one."""
-        if not quick() or type(self.pool) is not StemPool or not is_bare(self.pool):
+        if not quick():
             return None
-        return stem_branches(x, (self.conv_dw, self.norm1, self.act1), (3, self.pool.step, 1))
+        pool, *modules = _BRANCHES(self._modules)
+        return stem_branches(x, tuple(modules), pool, (3, pool.step, 1)) if _is_usual(pool) else None
+
+
+_BRANCHES = itemgetter("pool", "conv_dw", "norm1", "act1")
 
 
 class LastChannelNorm(nn.Module):

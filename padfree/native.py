@@ -6,7 +6,7 @@ without it. A map is (N, C, H, W), dense, contiguous or channels_last but not bo
 
 import contextlib
 from enum import IntEnum
-from operator import itemgetter
+from typing import Any
 
 import torch
 from torch.autograd.profiler import record_function
@@ -16,12 +16,23 @@ try:
 except ImportError:
     extension = None  # type: ignore[assignment]
 
-__all__ = ["Merge", "depthwise", "extension", "max_pool", "max_pool_backward", "max_pool_taps", "takes"]
+__all__ = [
+    "CHANGED",
+    "TABLE",
+    "Merge",
+    "extension",
+    "max_pool",
+    "max_pool_backward",
+    "max_pool_taps",
+    "one_pass",
+    "takes",
+]
 
 
 class Merge(IntEnum):
-    """Where the maxima of the pool are added to the convolution's chain (as in `_depthwise.c`)."""
+    """Where the maxima of the pool are added to the convolution's chain (as in `_depthwise.h`)."""
 
+    NOTHING = -1  # is done, but to see whether the modules have changed
     BESIDE = 0  # nowhere: they are a map of their own, or there is no pool
     AFTER_ACTIVATION = 1
     BEFORE_NORM = 2
@@ -32,7 +43,8 @@ THREADED_NUMEL = 1 << 16  # elements of a map from which torch's number of threa
 
 def takes(x: torch.Tensor, kernel: int, stride: int) -> bool:
     """Whether this map can be pooled here: its type, its windows, and that its memory holds its numbers."""
-    plain_memory = not (x.is_neg() or x._is_zerotensor())  # else they are another sign's, or there is none
+    # else its numbers are another sign's, or lie elsewhere
+    plain_memory = not (x.is_neg() or x._is_zerotensor() or torch._is_functional_tensor(x))
     return extension is not None and x.dtype is torch.float32 and kernel in (3, 5) and stride in (1, 2) and plain_memory
 
 
@@ -40,7 +52,7 @@ def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.T
     """The maxima: (N, C, H, W) -> (N, C, h, w) in the same layout."""
     pooled = _result(x, kernel, stride, padding, x.dtype)
     with _named("padfree::max_pool"):
-        extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x))
+        extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x.numel()))
     return pooled
 
 
@@ -48,7 +60,7 @@ def max_pool_taps(x: torch.Tensor, kernel: int, stride: int, padding: int) -> tu
     """The maxima, and the place of each in its window, row * kernel + column: both (N, C, h, w), the second uint8."""
     pooled, taps = (_result(x, kernel, stride, padding, dtype) for dtype in (x.dtype, torch.uint8))
     addresses = x.data_ptr(), pooled.data_ptr(), taps.data_ptr()
-    extension.max_pool_taps(*addresses, *_sizes(x), kernel, stride, padding, _threads(x))
+    extension.max_pool_taps(*addresses, *_sizes(x), kernel, stride, padding, _threads(x.numel()))
     return pooled, taps
 
 
@@ -57,16 +69,16 @@ def max_pool_backward(
 ) -> torch.Tensor:
     """Send (N, C, h, w) back to where the taps say: into `out`, (N, C, H, W) of the same layout, which is returned."""
     addresses = grad.data_ptr(), taps.data_ptr(), out.data_ptr()
-    extension.max_pool_backward(*addresses, *_sizes(out), kernel, stride, padding, _threads(out))
+    extension.max_pool_backward(*addresses, *_sizes(out), kernel, stride, padding, _threads(out.numel()))
     return out
 
 
 def _named(name: str) -> contextlib.AbstractContextManager[object]:
     """For torch's profiler, where it is on: these are none of its operators."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else _UNNAMED
+    return record_function(name) if _profiled() else _UNNAMED
 
 
-_UNNAMED = contextlib.nullcontext()
+_UNNAMED, _profiled = contextlib.nullcontext(), torch._C._autograd._profiler_enabled
 
 
 def _result(x: torch.Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
@@ -82,52 +94,39 @@ def _sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
     return (count * channels, height, width, 1) if x.is_contiguous() else (count, height, width, channels)
 
 
-def _threads(x: torch.Tensor) -> int:
-    return torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
+def _threads(numel: int) -> int:
+    return torch.get_num_threads() if numel >= THREADED_NUMEL else 1
 
 
-def depthwise(
+def one_pass(
+    watch: tuple[object, ...],
     x: torch.Tensor,
-    conv: torch.nn.Conv2d,
-    norm: torch.nn.BatchNorm2d | None,
-    limits: tuple[float, float],
-    pool: tuple[int, int],
+    modules: tuple[object, ...],
+    pool: tuple[int, int, int],
     merge: Merge,
-    out: torch.Tensor,
-    pooled: torch.Tensor | None,
-) -> bool:
-    """A depthwise convolution, the norm and activation behind it and the max-pool beside it, in one pass.
+    joined: bool,
+) -> Any:
+    """A depthwise convolution, the norm and activation behind it and the max-pool beside it: one pass (`_onepass.c`).
 
-    False, and nothing done, where a weight is not finite and the map is padded.
+    A map of (N, C, h, w), or two. None, and nothing done, where `x` is not a dense float32 map on the CPU, of one
+    unmistakable layout, that these windows fit into, or a weight is none that the extension reads; `CHANGED` where the
+    modules are not what was read any more.
 
     Args:
-        x: (N, C, H, W), as `takes` asks for.
-        conv: 3x3 or 5x5 pixels, stride 1 or 2, less padding than half a window; its weights lie one after another.
-        norm: in eval mode, by running statistics.
-        limits: what the activation clamps to; the first above the second means hardswish.
-        pool: its kernel and padding, pixels, so that its result has the size of the convolution's; kernel 0: none.
-        merge: where the maxima are added; `BESIDE`, they go into `pooled`.
-        out: (N, C, h, w) of the layout of `x`, or the first C channels of a map of more.
-        pooled: such a map, or the last C channels of that of `out`.
+        watch: what was read of the modules (`padfree.chains`).
+        x: (N, C, H, W).
+        modules: those that it was read of, as `padfree.chains.listed` gives them.
+        pool: its stride, which is the convolution's too, its kernel and padding, pixels; kernel 0: there is none.
+        merge: where the maxima are added; `BESIDE`, they are a result of their own.
+        joined: both results are the halves of one map of 2C channels.
     """
-    count, channels, height, width = x.shape
-    last = not x.is_contiguous()
-    wide = out.stride(3) if last else out.stride(0) // out.stride(1)
-    tensors = [x, *_CONV(conv._parameters)]
-    tensors += _NONE if norm is None else (*_STATISTICS(norm._buffers), *_CONV(norm._parameters))
-    arguments = (
-        tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors]),
-        (out.data_ptr(), 0 if pooled is None else pooled.data_ptr()),
-        (count, channels, height, width, wide),
-        (conv.kernel_size[0], conv.stride[0], int(conv.padding[0]), *pool),
-        last,
-        merge,
-        (*limits, 0.0 if norm is None else norm.eps),
-        _threads(x),
-    )
+    if TABLE is None or type(x) is not torch.Tensor or not x.is_cpu:
+        return None
     with _named("padfree::depthwise"):
-        return extension.depthwise(*arguments)
+        return extension.onepass(TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, _threads(x.numel()))
 
 
-_CONV, _STATISTICS = itemgetter("weight", "bias"), itemgetter("running_mean", "running_var")
-_NONE = (None,) * 4
+CHANGED = False
+_PLAIN = (torch.nn.Parameter, torch.Tensor)
+# How C looks into tensors (DLPack 1.3). A torch that does not have it yet has no pass: the modules are called.
+TABLE = None if extension is None else getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -8,16 +8,16 @@ called one after another, and `padfree.pooling`. The pass takes as much of a cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from padfree import native
-from padfree.chains import Chain, Modules, read
+from padfree.chains import Chain, Modules, listed, read
 from padfree.native import Merge
-from padfree.pooling import add_shortcut, ordinary, shortcut_pool, watched
+from padfree.pooling import add_shortcut, shortcut_pool, watched
 
 __all__ = ["downsample", "quick", "reduce", "stem_branches"]
 
@@ -42,31 +42,27 @@ def downsample(x: torch.Tensor, kernel: int, padding: int, before: Modules, behi
         before: the convolution and what follows it, up to the sum.
         behind: what follows the sum (ShuffleNetV2's norm).
     """
-    chain = _chain(x, before, behind, 2, kernel, padding)
-    if chain is not None:
-        out = _result(x, chain.conv)
-        merge = Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION
-        pooled = torch.empty_like(out) if chain.rest else None
-        merge = Merge.BESIDE if chain.rest else merge
-        if native.depthwise(x, *chain[:3], (kernel, padding), merge, out, pooled):
-            if pooled is not None:
-                out = add_shortcut(_called(chain.rest, out), pooled)
-            return _called(chain.behind, out)
+    chain, found = _passed(x, before, behind, (2, kernel, padding))
+    if isinstance(found, tuple):
+        found = add_shortcut(_called(chain.rest, found[0]), found[1])
+    if found is not None:
+        return _called(chain.behind, found)
     pooled = shortcut_pool(x, kernel, padding)
     return _called(behind, add_shortcut(_called(before, x), pooled))
 
 
 def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
     """`modules(x)`: a strided depthwise convolution and what follows it, without a pool."""
-    chain = _chain(x, modules, (), 2, 0, 0) if quick() else None
-    if chain is not None:
-        out = _result(x, chain.conv)
-        if native.depthwise(x, *chain[:3], (0, 0), Merge.BESIDE, out, None):
-            return _called(chain.rest, out)
+    if quick():
+        chain, found = _passed(x, modules, (), (2, 0, 0))
+        if isinstance(found, torch.Tensor):
+            return _called(chain.rest, found)
     return _called(modules, x)
 
 
-def stem_branches(x: torch.Tensor, modules: Modules, pool: tuple[int, int, int]) -> torch.Tensor | None:
+def stem_branches(
+    x: torch.Tensor, modules: Modules, pool: nn.Module, window: tuple[int, int, int]
+) -> torch.Tensor | None:
     """`cat(modules(x), pool(x))` of a stem tail: (N, C, H, W) -> (N, 2C, h, w); None where it must be called in parts.
 
     For who has asked `quick` before.
@@ -74,15 +70,12 @@ def stem_branches(x: torch.Tensor, modules: Modules, pool: tuple[int, int, int])
     Args:
         x: the stem's own output.
         modules: the depthwise convolution, its norm and its activation.
-        pool: the kernel, stride and padding of the max-pool beside it, pixels.
+        pool: the max-pool beside it.
+        window: its kernel, stride and padding, pixels.
     """
-    kernel, stride, padding = pool
-    chain = _chain(x, modules, (), stride, kernel, padding)
-    if chain is None or chain.rest:
-        return None
-    out = _result(x, chain.conv, 2)
-    left, right = out.tensor_split(2, 1)
-    return out if native.depthwise(x, *chain[:3], (kernel, padding), Merge.BESIDE, left, right) else None
+    kernel, stride, padding = window
+    _, found = _passed(x, modules, (), (stride, kernel, padding), beside=(pool,))
+    return found if isinstance(found, torch.Tensor) else None
 
 
 def _plainly_computing() -> bool:
@@ -90,35 +83,33 @@ def _plainly_computing() -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or native.extension is None
-        or torch.is_autocast_enabled("cpu")
+        or torch._C._is_any_autocast_enabled()
         or watched()
         or _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
-def _chain(x: torch.Tensor, before: Modules, behind: Modules, stride: int, kernel: int, padding: int) -> Chain | None:
-    """The chain that the extension can run on this map, with this pool beside it (kernel 0: none)."""
-    if type(x) is not torch.Tensor or not (native.takes(x, kernel or 3, stride) and ordinary(x, kernel or 3, padding)):
-        return None
-    chain = read(before, behind)
-    if chain is None:
-        return None
-    conv = chain.conv
-    size, pad, (_, channels, height, width) = conv.kernel_size[0], int(conv.padding[0]), x.shape
-    fits = channels == conv.in_channels and height >= size <= width and conv.stride[0] == stride
-    # both windows have one centre, so that both results have one size
-    return chain if fits and (kernel == 0 or size - 2 * pad == kernel - 2 * padding) else None
+def _passed(
+    x: torch.Tensor, before: Modules, behind: Modules, pool: tuple[int, int, int], beside: tuple[nn.Module, ...] = ()
+) -> tuple[Chain, torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None]:
+    """What was read of the modules, and what the pass over this map gives, if it can be run.
+
+    Two maps, yet to be added, where modules are left to call before the sum; with a module `beside` them, whose result
+    shall be joined to theirs, one map of both, and None where modules are left.
+    """
+    modules, joined = listed(before, behind, beside), bool(beside)
+    for again in (False, True):
+        chain = read(before, behind, beside, again=again)
+        merge = Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION
+        if joined or not pool[1] or chain.rest:
+            merge = Merge.NOTHING if joined and chain.rest else Merge.BESIDE
+        found = native.one_pass(chain.watch, x, modules, pool, merge, joined)
+        if found is not native.CHANGED:
+            return chain, found
+    return chain, None
 
 
-def _result(x: torch.Tensor, conv: nn.Conv2d, times: int = 1) -> torch.Tensor:
-    stride, reach = conv.stride[0], 2 * int(conv.padding[0]) - conv.kernel_size[0]
-    count, channels, height, width = x.shape
-    shape = (count, times * channels, (height + reach) // stride + 1, (width + reach) // stride + 1)
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=layout)
-
-
-def _called(modules: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+def _called(modules: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
     for module in modules:
         x = module(x)
     return x

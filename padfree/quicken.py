@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import ast
 import textwrap
+from typing import Any
 
 from torch import fx
 
+from padfree.chains import Functional
 from padfree.onepass import downsample
 from padfree.pooling import add_shortcut, shortcut_pool
 
@@ -42,13 +44,15 @@ def _merge(total: fx.Node) -> bool:
     while isinstance(node, fx.Node) and node is not source and _is_link(node) and _private(node):
         before.insert(0, node)
         node = node.args[0]
-    if node is not source or not before:
+    if node is not source or not before or before[0].op != "call_module":
         return False
     behind = _behind(total) if len(before) == 1 else []
     last = behind[-1] if behind else total
     graph = total.graph
     with graph.inserting_before(before[0]):
-        modules = [tuple(graph.get_attr(str(link.target)) for link in links) for links in (before, behind)]
+        modules = [
+            tuple(_function(link) or graph.get_attr(str(link.target)) for link in links) for links in (before, behind)
+        ]
         if len(window) < 2:
             window += (3, 0)[len(window) :]
         merged = graph.call_function(downsample, (source, *window, *modules))
@@ -59,8 +63,15 @@ def _merge(total: fx.Node) -> bool:
 
 
 def _is_link(node: fx.Node) -> bool:
-    """A call of a child on one value and nothing else."""
-    return node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+    """A call of a child, or of an activation, on one value and nothing else."""
+    settings = set(node.kwargs)
+    if _function(node):
+        settings.discard("inplace")  # which is no matter where nobody else reads the value
+    return (node.op == "call_module" or bool(_function(node))) and len(node.args) == 1 and not settings
+
+
+def _function(node: fx.Node) -> Any:
+    return Functional.of(node.target) if node.op == "call_function" else None
 
 
 def _private(node: fx.Node) -> bool:

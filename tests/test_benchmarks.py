@@ -84,7 +84,7 @@ def test_an_ideal_pass_keeps_the_shapes_and_is_taken_away_again(copying: bool) -
             torch.testing.assert_close(converted(image), wanted)
     assert first.shape == wanted.shape
     assert not torch.allclose(first, wanted)  # nothing was computed
-    assert ideal.maps and torch.equal(first, second)  # the maps are made once and never written to
+    assert ideal.results and torch.equal(first, second)  # the maps are made once and never written to
 
 
 def test_the_floors_table_has_the_geometric_mean() -> None:

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -44,8 +45,11 @@ WINDOWS = [
     (3, 2, 0, 0, 0),
     (5, 2, 2, 0, 0),
 ]
-ACTS = {"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU}
-built = pytest.mark.skipif(native.extension is None, reason="the C extension was not built")
+ACTS = {
+    **{"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU},
+    "gelu": nn.GELU,
+}
+built = pytest.mark.skipif(native.TABLE is None, reason="no C extension, or a torch that cannot look into tensors")
 pytestmark = built
 
 
@@ -78,17 +82,19 @@ def some_map(shape, layout, seed=0, spoilt=0.0):
 @contextlib.contextmanager
 def passes():
     """Each run of the pass, by where it adds the maxima."""
-    usual, seen = native.depthwise, []
+    usual, seen = native.one_pass, []
 
-    def depthwise(*arguments):
-        seen.append(arguments[5].name)
-        return usual(*arguments)
+    def one_pass(watch, x, modules, pool, merge, joined):
+        found = usual(watch, x, modules, pool, merge, joined)
+        if found is not None and found is not native.CHANGED:
+            seen.append(merge.name)
+        return found
 
-    native.depthwise = depthwise
+    native.one_pass = one_pass
     try:
         yield seen
     finally:
-        native.depthwise = usual
+        native.one_pass = usual
 
 
 @contextlib.contextmanager
@@ -113,26 +119,25 @@ def by_hand(x, modules, kernel, padding, merge):
 
 
 def one_pass(x, modules, kernel, padding, merge, concatenated=False):
-    found = chains.read((modules[0],), tuple(modules[1:])) if merge == "BEFORE_NORM" else chains.read(tuple(modules))
-    conv, norm, limits = found[:3]
-    out = onepass._result(x, conv, 2 if concatenated else 1)
-    left, right = out.tensor_split(2, 1) if concatenated else (out, torch.empty_like(out))
-    right = right if merge == "BESIDE" and kernel else None
-    native.depthwise(x, conv, norm, limits, (kernel, padding), native.Merge[merge], left, right)
-    return left, right
+    before, behind = ((modules[0],), tuple(modules[1:])) if merge == "BEFORE_NORM" else (tuple(modules), ())
+    pool = (modules[0].stride[0], kernel, padding)
+    watch = chains.read(before, behind).watch
+    found = native.one_pass(watch, x, chains.listed(before, behind, ()), pool, native.Merge[merge], concatenated)
+    assert found is not None and found is not native.CHANGED
+    return found.tensor_split(2, 1) if concatenated else found if isinstance(found, tuple) else (found, None)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_pass_gives_what_the_modules_give(window, layout, threads, monkeypatch):
-    monkeypatch.setattr(native, "_threads", lambda x: threads)
+    monkeypatch.setattr(native, "_threads", lambda numel: threads)
     kernel, stride, padding, pool, pool_padding = window
     merges = ["AFTER_ACTIVATION", "BEFORE_NORM", "BESIDE"] if pool else ["BESIDE"]
     shapes = [(1, 3, 7, 9), (2, 16, 12, 13), (2, 17, 15, 16), (1, 40, 33, 18), (3, 24, 9, 66), (1, 2, 70, 16)]
-    acts = ["none", "relu", "relu6", "hardswish"]
+    acts = ["none", "relu", "relu6", "hardswish", "silu"]
     for number, (shape, merge) in enumerate(itertools.product(shapes, merges)):
-        act = acts[number % 4]
+        act = acts[number % 5]
         modules = chain(shape[1], kernel, stride, padding, act, bias=number % 2 == 0, norm=number % 3 > 0, seed=number)
         x = some_map(shape, layout, number)
         if merge == "BEFORE_NORM" and not isinstance(modules[1], nn.BatchNorm2d):
@@ -153,13 +158,13 @@ def test_the_pass_gives_what_the_modules_give(window, layout, threads, monkeypat
     shape=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(5, 36), st.integers(5, 70)),
     window=st.sampled_from(WINDOWS),
     layout=st.sampled_from(LAYOUTS),
-    merge=st.sampled_from(list(native.Merge)),
-    act=st.sampled_from(["none", "relu", "relu6", "hardswish"]),
+    merge=st.sampled_from(["BESIDE", "AFTER_ACTIVATION", "BEFORE_NORM"]),
+    act=st.sampled_from(["none", "relu", "relu6", "hardswish", "silu"]),
     seed=st.integers(0, 99),
 )
 def test_any_map_with_nan_and_infinities(shape, window, layout, merge, act, seed):
     kernel, stride, padding, pool, pool_padding = window
-    name = merge.name if pool else "BESIDE"
+    name = merge if pool else "BESIDE"
     modules = chain(shape[1], kernel, stride, padding, act, bias=True, seed=seed)
     x = some_map(shape, layout, seed, spoilt=0.01)
     with torch.inference_mode():
@@ -170,16 +175,29 @@ def test_any_map_with_nan_and_infinities(shape, window, layout, merge, act, seed
             assert_close(mine, theirs, **CLOSE)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_of_any_number(layout):
+    conv = nn.Conv2d(2, 2, 3, 2, groups=2, bias=False).requires_grad_(False)
+    conv.weight.zero_()[:, :, 0, 0] = 1
+    special = [math.inf, -math.inf, math.nan, 0.0, 1e-30, -1e-30, 3e38, -3e38]
+    values = torch.cat((torch.linspace(-130, 130, 40_001), torch.tensor(special)))
+    x = torch.zeros(1, 2, 3, 2 * len(values) + 1)
+    x[:, :, 0, 0:-1:2] = values
+    x = x.contiguous(memory_format=layout)
+    with torch.no_grad(), passes() as seen:
+        found = onepass.reduce(x, (conv, nn.SiLU()))
+        expected = F.silu(conv(x).double())
+    assert seen == ["BESIDE"]
+    assert_close(found.double(), expected, rtol=5e-7, atol=1e-30, equal_nan=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="guards memory by mprotect")
 def test_the_pass_stays_inside_its_maps():
     """Maps end at, and begin after, a page that must not be touched; a step outside kills the process."""
     script = """
-import ctypes, itertools, mmap
+import ctypes, itertools, math, mmap
 import torch
-import torch.nn.functional as F
-from padfree import native
-from tests.test_onepass import WINDOWS, by_hand, chain
-from padfree import chains
+from tests.test_onepass import WINDOWS, by_hand, chain, one_pass
 page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 area = mmap.mmap(-1, 2 * size + 3 * page)
@@ -193,21 +211,25 @@ def place(memory, shape, last, end):
     begin = memory.numel() - n * c * h * w if end else 0
     flat = memory[begin : begin + n * c * h * w]
     return flat.view(n, h, w, c).permute(0, 3, 1, 2) if last else flat.view(n, c, h, w)
-count = 0
+def new_empty(like, shape):  # where the extension gets its map from
+    count = math.prod(shape)
+    begin = second.numel() - count if end else 0
+    return second[begin : begin + count].view(shape)
+usual, count = torch.Tensor.new_empty, 0
 shapes = [(1, 3, 5, 6), (2, 16, 9, 17), (1, 20, 7, 33), (2, 18, 12, 5)]
 for shape, window, last in itertools.product(shapes, WINDOWS, (0, 1)):
     kernel, stride, padding, pool, pool_padding = window
     modules = chain(shape[1], kernel, stride, padding, bias=True)
-    conv, norm, limits = chains.read(tuple(modules))[:3]
     merge = "AFTER_ACTIVATION" if pool else "BESIDE"
     for end in (False, True):
         x = place(first, shape, last, end).copy_(torch.randn(shape))
         with torch.inference_mode():
             expected = by_hand(x.clone(), modules, pool, pool_padding, merge)
-            expected = expected if pool else expected[0]
-            out = place(second, expected.shape, last, end)
-            native.depthwise(x, conv, norm, limits, (pool, pool_padding), native.Merge[merge], out, None)
-        torch.testing.assert_close(out.clone(), expected, rtol=1e-5, atol=3e-5)
+            torch.Tensor.new_empty = new_empty
+            out, _ = one_pass(x, modules, pool, pool_padding, merge)
+            torch.Tensor.new_empty = usual
+        assert second.data_ptr() <= out.data_ptr() < second.data_ptr() + 4 * second.numel()
+        torch.testing.assert_close(out.clone(), expected if pool else expected[0], rtol=1e-5, atol=3e-5)
         count += 1
 print(count)
 """
@@ -216,21 +238,43 @@ print(count)
     assert int(run.stdout) == 4 * len(WINDOWS) * 2 * 2
 
 
-def test_the_extension_refuses_what_it_cannot_run():
-    maps, one = (1, 1, 0, 0, 0, 0, 0), (1, 4, 9, 9, 4)
-    run = native.extension.depthwise
-    for windows, maxima, merge in [
-        ((7, 2, 0, 3, 0), 0, 1),
-        ((3, 3, 0, 3, 0), 0, 1),
-        ((3, 2, 0, 5, 0), 0, 1),
-        ((3, 2, 0, 3, 0), 1, 1),
-        ((3, 2, 0, 3, 0), 0, 0),
-        ((3, 2, 0, 0, 0), 0, 1),
-    ]:
-        with pytest.raises(ValueError):
-            run(maps, (1, maxima), one, windows, 0, merge, (0.0, 1.0, 0.0), 1)
-    with pytest.raises(ValueError, match="memory for every map"):
-        run((0, *maps[1:]), (1, 0), one, (3, 2, 0, 3, 0), 0, 1, (0.0, 1.0, 0.0), 1)
+@pytest.mark.parametrize(
+    "window", [(2, 7, 0), (2, 5, 0), (2, 3, 1), (1, 3, 0), (2, 3, -1), (0, 3, 0), (2, 1, 0), (2, 0, 0)]
+)
+def test_the_extension_passes_over_no_other_windows(window):
+    modules, x = tuple(chain(4, 3, 2, 0)), torch.randn(1, 4, 9, 8)
+    watch = chains.read(modules).watch
+
+    def passed(x, window, merge=native.Merge.AFTER_ACTIVATION):
+        return native.one_pass(watch, x, chains.listed(modules, (), ()), window, merge, False)
+
+    with torch.no_grad():
+        assert passed(x, (2, 3, 0)) is not None
+        assert passed(x, window) is None
+        for other in (x[:, :3], x[:, :, :2], x.double(), x[0], x[:, :, ::2], x.to("meta"), x[:0], x.to_sparse()):
+            assert passed(other, (2, 3, 0)) is None
+        assert passed(torch._neg_view(x), (2, 3, 0)) is None
+
+
+def test_the_extension_refuses_what_was_not_read():
+    modules, x = tuple(chain(4, 3, 2, 0)), torch.randn(1, 4, 9, 8)
+    watch = chains.read(modules).watch
+    for wrong in ((), watch[:-1], (*watch, 1)):
+        with pytest.raises(ValueError, match="other fields"):
+            native.one_pass(wrong, x, modules, (2, 3, 0), native.Merge.AFTER_ACTIVATION, False)
+    for others in (modules[::-1], modules[:2]):
+        listed = chains.listed(others, (), ())
+        found = native.one_pass(watch, x, listed, (2, 3, 0), native.Merge.AFTER_ACTIVATION, False)
+        assert found is native.CHANGED
+
+
+def test_without_a_way_to_see_into_tensors_the_modules_are_called(monkeypatch):
+    block, x = padfree.convert(Net(Unit())).eval().block, torch.randn(1, 8, 15, 16)
+    with torch.no_grad(), passes() as seen:
+        expected = block(x)
+        monkeypatch.setattr(native, "TABLE", None)
+        assert_close(block(x), expected, **CLOSE)
+    assert len(seen) == 1
 
 
 # -- converted networks ---------------------------------------------------------------------------------------------
@@ -292,7 +336,7 @@ def test_a_generated_forward_has_a_body_for_torchscript():
         assert_close(scripted(x), model(x), **CLOSE)
 
 
-@pytest.mark.parametrize("act", ["silu", "relu"])
+@pytest.mark.parametrize("act", ["gelu", "relu"])
 def test_what_is_not_understood_is_called(act):
     modules = tuple(chain(8, 3, 2, 0, act))
     x = torch.randn(2, 8, 15, 15)
@@ -309,6 +353,52 @@ def test_what_is_not_understood_is_called(act):
         y = modules[2](modules[1](modules[0](x)))
         assert_close(found, (y * 2 + F.max_pool2d(x, 3, 2)) * 2, **CLOSE)
     assert seen == ["BESIDE"] and called == [(2, 8, 7, 7)] * 2
+
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "relu in place": lambda x: F.relu(x, inplace=True),
+    "torch.relu": torch.relu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+    "mish": F.mish,
+    "leaky": lambda x: F.leaky_relu(x, 0.2),
+    "relu of a sum": lambda x: F.relu(x + 1),
+}
+
+
+class FunctionalUnit(Unit):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return FUNCTIONS[self.name](self.bn(self.conv(x)))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_activations_that_are_functions(function, monkeypatch):
+    model = padfree.convert(Net(FunctionalUnit(function))).eval()
+    passed = not {"mish", "leaky", "relu of a sum"} & {function}
+    with torch.no_grad():
+        model.block.bn.running_mean.uniform_(-1, 1)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad(), passes() as seen:
+        quick = model(x)
+    assert seen.count("AFTER_ACTIVATION") == passed
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad(), modules_only():
+        assert_close(quick, model(x), **CLOSE)
+    with torch.no_grad():
+        assert_close(again(x), quick, **CLOSE)
+        assert_close(torch.jit.script(model)(x), quick, **CLOSE)
+    if passed:
+        name = function.removeprefix("torch.").split()[0]
+        monkeypatch.setattr(F, name, lambda x, inplace=False: x * 0 + 7)
+        with torch.no_grad(), passes() as seen:
+            model(x)
+        assert "AFTER_ACTIVATION" not in seen
 
 
 @pytest.mark.parametrize("preact", [False, True])
@@ -447,12 +537,16 @@ def test_hooks_run_and_see_what_they_would():
         (nn.Module, "_call_impl"),
         (F, "conv2d"),
         (F, "batch_norm"),
+        (F, "dropout"),
+        (nn.modules.batchnorm._BatchNorm, "forward"),
     ],
 )
 def test_a_patched_function_is_seen(owner, name, again, monkeypatch):
-    modules, x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
-    with torch.no_grad():
+    (conv, *_), x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
+    modules = nn.Sequential(conv, NormAct(8), nn.Dropout()).eval()
+    with torch.no_grad(), passes() as seen:
         before = onepass.downsample(x, 3, 0, tuple(modules))
+        assert seen == ["AFTER_ACTIVATION"]
         if not again:
             chains._KNOWN.clear()
         usual = getattr(owner, name)
@@ -461,7 +555,7 @@ def test_a_patched_function_is_seen(owner, name, again, monkeypatch):
             monkeypatch.setattr(owner, "__call__", nn.Module._call_impl)
         found = onepass.downsample(x, 3, 0, tuple(modules))
         assert not torch.allclose(found, before)
-        assert_close(found, modules[2](modules[1](modules[0](x))) + F.max_pool2d(x, 3, 2), **CLOSE)
+        assert_close(found, modules(x) + F.max_pool2d(x, 3, 2), **CLOSE)
 
 
 class Weighing(nn.Conv2d):
@@ -502,7 +596,7 @@ def test_a_norm_that_is_not_the_chains_is_called_once():
             norm.running_mean.normal_()
         orders = [
             (conv, act, norms[0]),
-            (conv, nn.SiLU(), norms[0]),
+            (conv, nn.GELU(), norms[0]),
             (conv, *norms),
             (conv, nn.Sequential(*norms), act),
         ]
@@ -626,6 +720,160 @@ def test_copies_and_pickles_have_chains_of_their_own():
             other.block.bn.running_mean.add_(1)
             assert not torch.allclose(other(x), expected)
         assert_close(model(x), expected, rtol=0, atol=0)
+
+
+class OwnEps(nn.BatchNorm2d):
+    eps = property(lambda self: self.__dict__["_eps"], lambda self, value: self.__dict__.update(_eps=value))
+
+
+class ClassEps(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        del self.__dict__["eps"]
+
+    eps = 1e-5
+
+
+class OwnTraining(nn.BatchNorm2d):
+    training = property(
+        lambda self: self.__dict__["_training"], lambda self, value: self.__dict__.update(_training=value)
+    )
+
+
+def set_eps(norm, value):
+    owner = type(norm) if "eps" in vars(type(norm)) and not isinstance(vars(type(norm))["eps"], property) else norm
+    owner.eps = value
+
+
+@pytest.mark.parametrize("kind", [OwnEps, ClassEps])
+def test_settings_that_are_not_the_instances_own(kind, monkeypatch):
+    (conv, _, act), x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
+    norm = kind(8).eval()
+    norm.running_var.fill_(0.01)
+    monkeypatch.setattr(ClassEps, "eps", 1e-5)
+    with torch.no_grad():
+        for eps in (1e-5, 0.5):
+            set_eps(norm, eps)
+            found = onepass.downsample(x, 3, 0, (conv, norm, act))
+            assert_close(found, act(norm(conv(x))) + F.max_pool2d(x, 3, 2), **CLOSE)
+
+
+def test_a_training_mode_that_is_a_property():
+    (conv, _, act), x = chain(8, 3, 2, 0), torch.randn(4, 8, 15, 16)
+    norm = OwnTraining(8).eval()
+    with torch.no_grad():
+        onepass.downsample(x, 3, 0, (conv, norm, act))
+        norm.train()
+        found = onepass.downsample(x, 3, 0, (conv, norm, act))
+        assert_close(found, act(norm(conv(x))) + F.max_pool2d(x, 3, 2), **CLOSE)
+
+
+def test_the_same_modules_in_other_places():
+    (conv, norm, act), x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
+    gelu = nn.GELU()
+    with torch.no_grad():
+        pooled = F.max_pool2d(x, 3, 2)
+        for _ in range(2):
+            found = onepass.downsample(x, 3, 0, (conv,), (norm, act, gelu))
+            assert_close(found, gelu(act(norm(conv(x) + pooled))), **CLOSE)
+            assert_close(onepass.downsample(x, 3, 0, (conv, norm, act)), act(norm(conv(x))) + pooled, **CLOSE)
+            assert_close(onepass.downsample(x, 3, 0, (conv, norm), (act,)), act(norm(conv(x)) + pooled), **CLOSE)
+            assert_close(onepass.reduce(x, (conv, norm, act, gelu)), gelu(act(norm(conv(x)))), **CLOSE)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_scripted_modules_are_called(number):
+    modules, x = list(chain(8, 3, 2, 0)), torch.randn(1, 8, 15, 16)
+    with torch.no_grad():
+        expected = modules[2](modules[1](modules[0](x))) + F.max_pool2d(x, 3, 2)
+        modules[number] = torch.jit.script(modules[number])
+        assert_close(onepass.downsample(x, 3, 0, tuple(modules)), expected, **CLOSE)
+        assert_close(onepass.downsample(x, 3, 0, tuple(modules)), expected, **CLOSE)
+
+
+def test_modules_that_lack_what_is_looked_at():
+    class Meta(type):
+        def __getattribute__(cls, name):
+            if name in ("forward", "_check_input_dim"):
+                raise KeyError(name)
+            return super().__getattribute__(name)
+
+    class Hidden(nn.Identity, metaclass=Meta):
+        pass
+
+    x = torch.randn(1, 8, 15, 16)
+    for spoil in (
+        lambda modules: modules[0].__dict__.pop("in_channels"),
+        lambda modules: modules[1].__dict__.pop("num_features"),
+        lambda modules: setattr(modules[0], "in_channels", 8.0),
+        lambda modules: modules.__setitem__(2, Hidden().eval()),
+    ):
+        for again in (False, True):
+            modules = list(chain(8, 3, 2, 0))
+            with torch.no_grad():
+                if again:
+                    onepass.downsample(x, 3, 0, tuple(modules))
+                spoil(modules)
+                expected = modules[2](modules[1](modules[0](x))) + F.max_pool2d(x, 3, 2)
+                assert_close(onepass.downsample(x, 3, 0, tuple(modules)), expected, **CLOSE)
+
+
+def test_a_clamp_that_torch_refuses():
+    (conv, norm, _), x = chain(8, 3, 2, 0), torch.randn(1, 8, 15, 16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="overflow"):
+        onepass.downsample(x, 3, 0, (conv, norm, nn.Hardtanh(-1e39, 1e39)))
+
+
+def test_functional_tensors_are_torchs():
+    modules, x = tuple(chain(8, 3, 2, 0)), torch.randn(1, 8, 15, 16)
+    with torch.no_grad():
+        found = onepass.downsample(torch._to_functional_tensor(x), 3, 0, modules)
+        assert_close(torch._from_functional_tensor(found), onepass.downsample(x, 3, 0, modules), **CLOSE)
+
+
+def test_a_module_that_goes_while_its_tensors_are_looked_at(monkeypatch):
+    block, x = nn.Sequential(*chain(8, 3, 2, 0)).eval(), torch.randn(1, 8, 15, 16)
+    with torch.no_grad():
+        expected = onepass.downsample(x, 3, 0, (block,))
+    usual, gone = torch.Tensor.is_neg, []
+
+    def is_neg(tensor):
+        if not gone:
+            gone.append(weakref.ref(block[1]))
+            block[0] = block[1] = nn.Identity()
+            gc.collect()
+            assert gone[0]() is not None  # the pass holds it as long as it reads it
+        return usual(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "is_neg", is_neg)
+    with torch.no_grad():
+        assert_close(onepass.downsample(x, 3, 0, (block,)), expected, **CLOSE)
+    assert gone[0]() is None
+
+
+OWN_FUNCTIONS = {
+    "bound": lambda m: setattr(m[0], "forward", m[0].forward),
+    "closing over all": lambda m: setattr(m[1], "forward", lambda x, usual=m[1].forward, root=m: usual(x)),
+    "a convolution": lambda m: setattr(m[0], "_conv_forward", m[0]._conv_forward),
+    "compiled": lambda m: m[1].compile(backend="eager"),
+    "a hook": lambda m: m[1].register_forward_hook(lambda *_, root=m: None),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_FUNCTIONS)
+def test_functions_of_an_instance_keep_nothing_alive(kind):
+    gc.collect()
+    before = len(chains._KNOWN)
+    modules, x = nn.Sequential(*chain(8, 3, 2, 0)), torch.randn(1, 8, 9, 10)
+    OWN_FUNCTIONS[kind](modules)
+    with torch.no_grad():
+        expected = modules[2](modules[1](modules[0](x))) + F.max_pool2d(x, 3, 2)
+        assert_close(onepass.downsample(x, 3, 0, tuple(modules)), expected, **CLOSE)
+    conv = weakref.ref(modules[0])
+    del modules
+    torch.compiler.reset()
+    gc.collect()
+    assert conv() is None and len(chains._KNOWN) == before
 
 
 def test_what_was_read_goes_with_its_modules():
