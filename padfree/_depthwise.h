@@ -44,22 +44,35 @@ static inline float exponential(float v) {
 }
 
 /* AT(a, b): what lies under row a and column b of the window; W(t): the weight of tap t. */
-#define ROW3(a) (AT(a, 0) * W(3 * (a)) + AT(a, 1) * W(3 * (a) + 1) + AT(a, 2) * W(3 * (a) + 2))
-#define ROW5(a)                                                                                                        \
-    (AT(a, 0) * W(5 * (a)) + AT(a, 1) * W(5 * (a) + 1) + AT(a, 2) * W(5 * (a) + 2) + AT(a, 3) * W(5 * (a) + 3) +       \
-     AT(a, 4) * W(5 * (a) + 4))
-#define SUM(K) ((K) == 3 ? ROW3(0) + ROW3(1) + ROW3(2) : (ROW5(0) + ROW5(1)) + (ROW5(2) + ROW5(3)) + ROW5(4))
-#define MAX3(a, b) above(above(AT(a, b), AT(a, (b) + 1)), AT(a, (b) + 2))
-#define MAX5(a) above(MAX3(a, 0), above(AT(a, 3), AT(a, 4)))
-#define MIDDLE(o) above(above(MAX3(o, o), MAX3((o) + 1, o)), MAX3((o) + 2, o))
-#define WHOLE(K) ((K) == 3 ? MIDDLE(0) : above(above(above(MAX5(0), MAX5(1)), above(MAX5(2), MAX5(3))), MAX5(4)))
+#define TAP(K, a, b, POOLED)                                                                                           \
+    do {                                                                                                               \
+        const float v = AT(a, b);                                                                                      \
+        row += v * W((K) * (a) + (b));                                                                                 \
+        if (POOLED) high = above(v, high);                                                                             \
+    } while (0)
+#define ROW(K, a, SHARED)                                                                                              \
+    do {                                                                                                               \
+        const int inner = (K) == 3 || ((a) >= 1 && (a) <= 3), all = (SHARED) == ALL, some = (SHARED) != NONE && inner; \
+        float row = 0.0f;                                                                                              \
+        TAP(K, a, 0, (K) == 3 ? some : all);                                                                           \
+        TAP(K, a, 1, all || some);                                                                                     \
+        TAP(K, a, 2, all || some);                                                                                     \
+        if ((K) == 5) TAP(K, a, 3, all || some);                                                                       \
+        if ((K) == 5) TAP(K, a, 4, all);                                                                               \
+        total += row;                                                                                                  \
+    } while (0)
 
 enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its inner 3x3, of all of them */
 #define TAPS(K, SHARED)                                                                                                \
     do {                                                                                                               \
-        sum[i] = SUM(K);                                                                                               \
-        if (SHARED == INNER) most[i] = MIDDLE(((K)-3) / 2);                                                            \
-        if (SHARED == ALL) most[i] = WHOLE(K);                                                                         \
+        float total = 0.0f, high = -INFINITY;                                                                          \
+        ROW(K, 0, SHARED);                                                                                             \
+        ROW(K, 1, SHARED);                                                                                             \
+        ROW(K, 2, SHARED);                                                                                             \
+        if ((K) == 5) ROW(K, 3, SHARED);                                                                               \
+        if ((K) == 5) ROW(K, 4, SHARED);                                                                               \
+        sum[i] = total;                                                                                                \
+        if (SHARED != NONE) most[i] = high;                                                                            \
     } while (0)
 #define EACH_KIND(LOOP)                                                                                                \
     do {                                                                                                               \
@@ -73,7 +86,7 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
 /* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. A, B
  * and C: scale, shift and bias of place i of a piece. */
 #define EACH(A, B, V, RESULT)                                                                                          \
-    for (size j = 0; j < pieces; j++, sum += length, to += pitch, most += most == NULL ? 0 : length)                   \
+    for (size j = 0; j < pieces; j++, sum += step, to += pitch, most += most == NULL ? 0 : step)                       \
         for (size i = 0; i < length; i++) {                                                                            \
             const float v = (V)*(A) + (B);                                                                                 \
             to[i] = RESULT;                                                                                            \

@@ -7,15 +7,26 @@
  * side by side: a few pixels of less channels are worked on as one. */
 INLINE size side_by_side(const pass *p) { return p->stride > 1 || p->channels >= VECTOR ? 1 : VECTOR / p->channels; }
 
-#define AT(a, b) row[a][at + i + (b)*channels]
+/* Hidden from the compiler, which would else keep a pointer for each of the window's pixels, more than it has registers. */
+#ifdef __GNUC__
+INLINE size hidden(size at) {
+    __asm__("" : "+r"(at));
+    return at;
+}
+#else
+INLINE size hidden(size at) { return at; }
+#endif
+
+#define AT(a, b) rows[a][here + i + (b)*channels]
 #define W(t) w[(t)*VECTOR + i]
 #define LOOP(K, SHARED)                                                                                                \
     for (size at = from, to = from; to < all; at += hop, to += step) {                                                 \
+        const size here = hidden(at);                                                                                  \
         float *restrict sum = sums + to, *restrict most = maxima + to;                                                 \
         if (all - to >= wide && wide == VECTOR) VECTORISED for (size i = 0; i < VECTOR; i++) TAPS(K, SHARED);          \
         else for (size i = 0; i < (all - to < wide ? all - to : wide); i++) TAPS(K, SHARED);                           \
     }
-INLINE void taps_last(const pass *p, const float *const row[5], size columns, float *restrict sums,
+INLINE void taps_last(const pass *p, const float *const rows[5], size columns, float *restrict sums,
                       float *restrict maxima) {
     const size channels = p->channels, all = columns * channels;
     const size step = side_by_side(p) * channels, hop = p->stride * step;
@@ -29,30 +40,57 @@ INLINE void taps_last(const pass *p, const float *const row[5], size columns, fl
 #undef W
 #undef LOOP
 
-INLINE void finish_last(const pass *p, const float *restrict sum, const float *restrict most, float *restrict to) {
-    const float *restrict scale = p->scale, *restrict shift = p->shift, *restrict added = p->added;
-    const size length = p->channels, pieces = p->columns, pitch = p->out_channels;
+/* The pixels of a row, `length` channels at a time: sixteen, or as many as there are. */
+INLINE void finish_block(const pass *p, size from, size length, const float *restrict sum, const float *restrict most,
+                         float *restrict to) {
+    const float *restrict scale = p->scale + from, *restrict shift = p->shift + from, *restrict added = p->added + from;
+    const size pieces = p->columns, step = p->channels, pitch = p->out_channels;
     FINISH_EACH(scale[i], shift[i], added[i]);
 }
 
-/* One window that reaches over the left or right side: its taps between zeros, and its maxima without them. */
-INLINE void edge_last(const pass *p, const float *const row[5], scratch *mine, size j, int maxima) {
-    const size channels = p->channels, left = j * p->stride - p->padding;
-    const size first = left < 0 ? -left : 0, last = left + p->kernel > p->width ? p->width - left : p->kernel;
-    const float *edge[5];
-    float *line = mine->lines, *most = mine->maxima + j * channels;
-    for (size a = 0; a < p->kernel; a++, line += p->kernel * channels) {
-        memset(line, 0, (size_t)(p->kernel * channels) * sizeof(float));
-        memcpy(line + first * channels, row[a] + (left + first) * channels,
-               (size_t)((last - first) * channels) * sizeof(float));
-        edge[a] = line;
+INLINE void copy_block(const pass *p, size length, const float *restrict from, float *restrict to) {
+    for (size j = 0; j < p->columns; j++, from += p->channels, to += p->out_channels)
+        for (size i = 0; i < length; i++) to[i] = from[i];
+}
+
+INLINE void finish_last(const pass *p, const scratch *mine, float *out, float *pooled) {
+    const float *most = p->merge == BESIDE ? NULL : mine->maxima;
+    for (size block = 0; block * VECTOR < p->channels; block++) {
+        const size from = first_channel(p, block);
+        const float *own = most == NULL ? NULL : most + from;
+        if (p->channels >= VECTOR) finish_block(p, from, VECTOR, mine->sums + from, own, out + from);
+        else finish_block(p, from, p->channels, mine->sums + from, own, out + from);
+        if (pooled == NULL) continue;
+        if (p->channels >= VECTOR) copy_block(p, VECTOR, mine->maxima + from, pooled + from);
+        else copy_block(p, p->channels, mine->maxima + from, pooled + from);
     }
-    taps_last(p, edge, 1, mine->sums + j * channels, most);
-    if (!maxima || p->pool_padding == 0) return;
-    for (size i = 0; i < channels; i++) most[i] = -INFINITY;
+}
+
+/* One window that reaches over the left or right side: the taps that lie inside. */
+INLINE void edge_block(const pass *p, const float *const row[5], const scratch *mine, size j, size block, size length) {
+    const size channels = p->channels, left = j * p->stride - p->padding, from = first_channel(p, block);
+    const size first = left < 0 ? -left : 0, last = left + p->kernel > p->width ? p->width - left : p->kernel;
+    const size frame = p->shared == INNER ? (p->kernel - 3) / 2 : 0; /* of the convolution's window around the pool's */
+    const float *restrict w = p->taps + block * VECTOR * p->kernel * p->kernel;
+    float sum[VECTOR] = {0}, most[VECTOR];
+    for (size i = 0; i < length; i++) most[i] = -INFINITY;
     for (size a = 0; a < p->kernel; a++)
-        for (size b = first; b < last; b++)
-            for (size i = 0; i < channels; i++) most[i] = spread(most[i], edge[a][b * channels + i]);
+        for (size b = first; b < last; b++) {
+            const float *restrict at = row[a] + (left + b) * channels + from, *restrict tap = w + (a * p->kernel + b) * VECTOR;
+            const int pooled = a >= frame && a < p->kernel - frame && b >= frame && b < p->kernel - frame;
+            VECTORISED for (size i = 0; i < length; i++) sum[i] += at[i] * tap[i];
+            if (pooled) VECTORISED for (size i = 0; i < length; i++) most[i] = above(at[i], most[i]);
+        }
+    for (size i = 0; i < length; i++) {
+        mine->sums[j * channels + from + i] = sum[i];
+        mine->maxima[j * channels + from + i] = most[i];
+    }
+}
+
+INLINE void edge_last(const pass *p, const float *const row[5], const scratch *mine, size j) {
+    for (size block = 0; block * VECTOR < p->channels; block++)
+        if (p->channels >= VECTOR) edge_block(p, row, mine, j, block, VECTOR);
+        else edge_block(p, row, mine, j, block, p->channels);
 }
 
 /* Row `index` of the convolution of `map` and of the pool of `other`, which is the same but for its frame. */
@@ -63,20 +101,18 @@ INLINE void row_last(const pass *p, const float *map, const float *other, scratc
     const float *row[5], *shifted[5];
     for (size a = 0; a < p->kernel; a++) {
         const size y = top + a;
-        row[a] = y < 0 || y >= p->height ? mine->lines + p->kernel * p->kernel * channels : map + y * p->width * channels;
+        row[a] = y < 0 || y >= p->height ? mine->lines : map + y * p->width * channels;
     }
     const size first = (p->padding + p->stride - 1) / p->stride;
     size last = (p->width + p->padding - p->kernel) / p->stride + 1; /* columns first ... last lie inside */
     if (last < first) last = first;
     for (size a = 0; a < p->kernel; a++) shifted[a] = row[a] + (first * p->stride - p->padding) * channels;
-    for (size j = 0; j < first; j++) edge_last(p, row, mine, j, !outside);
+    for (size j = 0; j < first; j++) edge_last(p, row, mine, j);
     taps_last(p, shifted, last - first, mine->sums + first * channels, mine->maxima + first * channels);
-    for (size j = last; j < p->columns; j++) edge_last(p, row, mine, j, !outside);
+    for (size j = last; j < p->columns; j++) edge_last(p, row, mine, j);
     if (p->pool && (!p->shared || (outside && p->pool_padding) || (pooled && clouded(mine->sums, p->columns * channels))))
         pool_rows(p, other, channels, mine->pool, mine->maxima, index, index + 1);
-    finish_last(p, mine->sums, p->merge == BESIDE ? NULL : mine->maxima, out);
-    for (size j = 0; pooled && j < p->columns; j++)
-        for (size i = 0; i < channels; i++) pooled[j * p->out_channels + i] = mine->maxima[j * channels + i];
+    finish_last(p, mine, out, pooled);
 }
 
 FOR_EVERY_CPU

@@ -22,7 +22,7 @@ INLINE void taps_dense(const pass *p, const float *restrict w, const float *rest
 INLINE void finish_plane(const pass *p, size c, const float *restrict sum, const float *restrict most,
                          float *restrict to, size length) {
     const float scale = p->scale[c], shift = p->shift[c], added = p->added[c];
-    const size pieces = 1, pitch = 0;
+    const size pieces = 1, pitch = 0, step = 0;
     FINISH_EACH(scale, shift, added);
 }
 
