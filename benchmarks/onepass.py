@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", metavar="FILE", help="every figure")
     arguments = parser.parse_args()
-    if native.extension is None:
-        parser.exit(1, "the C extension was not built: there is no pass to measure\n")
+    if native.extension is None or native.TABLE is None:
+        parser.exit(1, "no C extension, or a torch whose tensors it cannot look into: there is no pass to measure\n")
     torch.set_num_threads(1)
     rows = []
     with torch.inference_mode():

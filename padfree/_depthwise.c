@@ -24,7 +24,7 @@ static float *carve(float **from, size floats) {
 static float *prepare(const pass *p, scratch *mine, size rows) {
     const int blocks = by_blocks(p), rowwise = p->last || blocks;
     const size unit = blocks ? VECTOR : p->last ? p->channels : 1, wide = p->width + 2 * p->padding;
-    const size lines = rowwise ? (p->kernel * p->kernel + wide) * unit : (p->stride == 2 ? 4 : 1) * phase_floats(p, rows);
+    const size lines = rowwise ? wide * unit : (p->stride == 2 ? 4 : 1) * phase_floats(p, rows); /* rowwise: one of zeros */
     const size line = (rowwise ? p->columns * unit : rows * line_pitch(p)) + 2 * VECTOR;
     const size edge = blocks ? 0 : p->pool_padding, pool = pool_floats(wide, edge, unit);
     const size turned = blocks ? (p->height + 2 * p->padding) * wide * VECTOR : 0;

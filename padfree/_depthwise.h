@@ -88,21 +88,21 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
 #define EACH(A, B, V, RESULT)                                                                                          \
     for (size j = 0; j < pieces; j++, sum += step, to += pitch, most += most == NULL ? 0 : step)                       \
         for (size i = 0; i < length; i++) {                                                                            \
-            const float v = (V)*(A) + (B);                                                                                 \
+            const float v = (V)*(A) + (B);                                                                             \
             to[i] = RESULT;                                                                                            \
         }
-#define FINISH(A, B, C, ACTIVATED)                                                                                        \
+#define FINISH(A, B, C, ACTIVATED)                                                                                     \
     do {                                                                                                               \
-        if (most == NULL) { EACH(A, B, sum[i] + C, ACTIVATED) }                                                            \
-        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                                  \
-        else { EACH(A, B, sum[i] + C, ACTIVATED + most[i]) }                                                               \
+        if (most == NULL) { EACH(A, B, sum[i] + C, ACTIVATED) }                                                        \
+        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                              \
+        else { EACH(A, B, sum[i] + C, ACTIVATED + most[i]) }                                                           \
     } while (0)
-#define FINISH_EACH(A, B, C)                                                                                              \
+#define FINISH_EACH(A, B, C)                                                                                           \
     do {                                                                                                               \
         const float low = p->low, high = p->high;                                                                      \
-        if (p->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                         \
-        else if (p->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                            \
-        else FINISH(A, B, C, clamp(v, low, high));                                                                        \
+        if (p->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                     \
+        else if (p->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                        \
+        else FINISH(A, B, C, clamp(v, low, high));                                                                     \
     } while (0)
 
 /* Whether a NaN may be missing among the maxima of the same windows: then it is among the sums. */

@@ -40,7 +40,18 @@ INLINE void taps_last(const pass *p, const float *const rows[5], size columns, f
 #undef W
 #undef LOOP
 
-/* The pixels of a row, `length` channels at a time: sixteen, or as many as there are. */
+/* Calls with a `length` of sixteen channels, which the compiler then knows, or of as many as there are. */
+#define SIXTEEN_OR_LESS(CALL)                                                                                          \
+    do {                                                                                                               \
+        if (p->channels >= VECTOR) {                                                                                   \
+            const size length = VECTOR;                                                                                \
+            CALL;                                                                                                      \
+        } else {                                                                                                       \
+            const size length = p->channels;                                                                           \
+            CALL;                                                                                                      \
+        }                                                                                                              \
+    } while (0)
+
 INLINE void finish_block(const pass *p, size from, size length, const float *restrict sum, const float *restrict most,
                          float *restrict to) {
     const float *restrict scale = p->scale + from, *restrict shift = p->shift + from, *restrict added = p->added + from;
@@ -58,11 +69,8 @@ INLINE void finish_last(const pass *p, const scratch *mine, float *out, float *p
     for (size block = 0; block * VECTOR < p->channels; block++) {
         const size from = first_channel(p, block);
         const float *own = most == NULL ? NULL : most + from;
-        if (p->channels >= VECTOR) finish_block(p, from, VECTOR, mine->sums + from, own, out + from);
-        else finish_block(p, from, p->channels, mine->sums + from, own, out + from);
-        if (pooled == NULL) continue;
-        if (p->channels >= VECTOR) copy_block(p, VECTOR, mine->maxima + from, pooled + from);
-        else copy_block(p, p->channels, mine->maxima + from, pooled + from);
+        SIXTEEN_OR_LESS(finish_block(p, from, length, mine->sums + from, own, out + from));
+        if (pooled != NULL) SIXTEEN_OR_LESS(copy_block(p, length, mine->maxima + from, pooled + from));
     }
 }
 
@@ -89,8 +97,7 @@ INLINE void edge_block(const pass *p, const float *const row[5], const scratch *
 
 INLINE void edge_last(const pass *p, const float *const row[5], const scratch *mine, size j) {
     for (size block = 0; block * VECTOR < p->channels; block++)
-        if (p->channels >= VECTOR) edge_block(p, row, mine, j, block, VECTOR);
-        else edge_block(p, row, mine, j, block, p->channels);
+        SIXTEEN_OR_LESS(edge_block(p, row, mine, j, block, length));
 }
 
 /* Row `index` of the convolution of `map` and of the pool of `other`, which is the same but for its frame. */

@@ -1,8 +1,7 @@
 """What a few modules, called one after another, compute: a depthwise convolution, a batch norm, an activation.
 
-Told by which functions a module's class runs, never by its name. What was read is kept as long as nothing about these
-modules changes: a hook, a parametrized weight, a patched or replaced function, training mode, another setting or child
-is seen at the next call, and ends what can be read. Nothing here keeps a module alive.
+Told by which functions a module's class runs, never by its name. What was read is kept until something about these
+modules changes (`padfree.watch`). Nothing here keeps a module alive.
 """
 
 from __future__ import annotations

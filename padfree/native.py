@@ -120,7 +120,7 @@ def one_pass(
         merge: where the maxima are added; `BESIDE`, they are a result of their own.
         joined: both results are the halves of one map of 2C channels.
     """
-    if TABLE is None or type(x) is not torch.Tensor or not x.is_cpu:
+    if type(x) is not torch.Tensor or not x.is_cpu:
         return None
     with _named("padfree::depthwise"):
         return extension.onepass(TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, _threads(x.numel()))
@@ -129,4 +129,4 @@ def one_pass(
 CHANGED = False
 _PLAIN = (torch.nn.Parameter, torch.Tensor)
 # How C looks into tensors (DLPack 1.3). A torch that does not have it yet has no pass: the modules are called.
-TABLE = None if extension is None else getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+TABLE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)

@@ -83,6 +83,7 @@ def _plainly_computing() -> bool:
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
         or native.extension is None
+        or native.TABLE is None
         or torch._C._is_any_autocast_enabled()
         or watched()
         or _has_any_global_hook()  # type: ignore[no-untyped-call]

@@ -49,7 +49,9 @@ ACTS = {
     **{"none": nn.Identity, "relu": nn.ReLU, "relu6": nn.ReLU6, "hardswish": nn.Hardswish, "silu": nn.SiLU},
     "gelu": nn.GELU,
 }
-built = pytest.mark.skipif(native.TABLE is None, reason="no C extension, or a torch that cannot look into tensors")
+built = pytest.mark.skipif(
+    not (native.extension and native.TABLE), reason="no C extension, or a torch that cannot look into tensors"
+)
 pytestmark = built
 
 
