@@ -5,11 +5,24 @@
 #include "_depthwise.h"
 
 enum { BAND = 1 << 15, ITEM = 8 }; /* floats of a band of rows; rows of a channels_last map worked on as one item */
+enum { TILE = 1 << 15 };           /* floats of what a 1x1 convolution reads at once */
 
-/* Rows of an item of work: a few (channels_last), or as many as a band has. */
+static size at_most(size a, size b) { return a < b ? a : b; }
+
+/* Rows of an item of work: a few (channels_last), or as many as a band has; with a 1x1 convolution no more than a tile has,
+ * or than leave each thread its share. */
 static size item_rows(const pass *p) {
-    const size band = (BAND / (p->width + 2 * p->padding) - p->kernel) / p->stride + 1, most = p->last ? ITEM : band;
-    return by_blocks(p) || most > p->rows ? p->rows : most < 1 ? 1 : most;
+    const size band = (BAND / (p->width + 2 * p->padding) - p->kernel) / p->stride + 1;
+    size most = at_most(p->last ? ITEM : band, p->rows);
+    if (by_blocks(p)) return p->rows;
+    if (p->outputs) most = at_most(most, at_most(TILE / (p->inputs * p->columns), p->rows * p->count / p->threads));
+    return most < 1 ? 1 : most;
+}
+
+/* Maps of an item: one, or as many whole ones as a tile has with a 1x1 convolution and leave each thread its share. */
+static size item_maps(const pass *p) {
+    const size most = p->outputs && by_blocks(p) ? at_most(TILE / (p->inputs * p->rows * p->columns), p->count / p->threads) : 1;
+    return most < 1 ? 1 : most;
 }
 
 /* Pieces of a thread's memory begin where a vector may be read at once. */
@@ -29,8 +42,11 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     const size edge = blocks ? 0 : p->pool_padding, pool = pool_floats(wide, edge, unit);
     const size turned = blocks ? (p->height + 2 * p->padding) * wide * VECTOR : 0;
     const size framed = p->pool_padding ? turned : 0, made = blocks ? p->rows * p->columns * VECTOR : 0;
-    float *memory = calloc((size_t)(lines + 4 * line + pool + turned + framed + 2 * made + 10 * VECTOR), sizeof(float)), *rest = memory;
+    const size tile = p->outputs ? p->inputs * tile_pitch(p, item_maps(p) * rows) + 2 * VECTOR : 0;
+    const size all = lines + 4 * line + pool + turned + framed + 2 * made + tile + 11 * VECTOR;
+    float *memory = malloc((size_t)all * sizeof(float)), *rest = memory;
     if (memory == NULL) return NULL;
+    memset(memory, 0, (size_t)all * sizeof(float)); /* what is between numbers must be none that a processor is slow with */
     mine->lines = carve(&rest, lines);
     mine->sums = carve(&rest, line);
     mine->maxima = carve(&rest, line);
@@ -41,6 +57,7 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     mine->framed = carve(&rest, framed);
     mine->result = carve(&rest, made);
     mine->pooled = carve(&rest, made);
+    mine->tile = carve(&rest, tile);
     pool_edges(mine->pool, pool_floats(p->width, edge, unit), edge, unit);
     for (size i = 0; i < framed; i++) mine->framed[i] = -INFINITY;
     for (size i = 0; blocks && i < p->height * p->width; i++)
@@ -48,16 +65,23 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     return memory;
 }
 
-/* The norm's scale and shift of each channel, and the weights tap by tap, sixteen channels at a time. */
+/* The norm's scale and shift of each channel. */
+INLINE void weigh_ending(ending *e, size channels) {
+    for (size c = 0; c < channels; c++) {
+        e->scale[c] = e->mean == NULL ? 1.0f : (e->gain == NULL ? 1.0f : e->gain[c]) / sqrtf(e->variance[c] + e->eps);
+        e->shift[c] = e->mean == NULL ? 0.0f : (e->offset == NULL ? 0.0f : e->offset[c]) - e->mean[c] * e->scale[c];
+        e->added[c] = e->bias == NULL ? 0.0f : e->bias[c];
+    }
+}
+
+/* What follows the convolutions, and the weights tap by tap, sixteen channels at a time. */
 FOR_EVERY_CPU
 static void weigh(pass *p) {
     const size area = p->kernel * p->kernel;
     int places[5 * 5];
-    for (size c = 0; c < p->channels; c++) {
-        p->scale[c] = p->mean == NULL ? 1.0f : (p->gain == NULL ? 1.0f : p->gain[c]) / sqrtf(p->variance[c] + p->eps);
-        p->shift[c] = p->mean == NULL ? 0.0f : (p->offset == NULL ? 0.0f : p->offset[c]) - p->mean[c] * p->scale[c];
-        p->added[c] = p->bias == NULL ? 0.0f : p->bias[c];
-    }
+    weigh_ending(&p->own, p->channels);
+    weigh_ending(&p->mixed, p->outputs);
+    if (p->columnwise != NULL) turn_matrix(p->mix, p->inputs, p->outputs, p->inputs, p->columnwise, columnwise_pitch(p));
     if (!p->last && !by_blocks(p)) return;
     for (int t = 0; t < area; t++) places[t] = t * VECTOR;
     for (size block = 0; block * VECTOR < p->channels; block++)
@@ -80,18 +104,65 @@ int all_finite(const pass *p) {
     return !found;
 }
 
+/* How many parts of a map are worked on one after another: planes, sixteen channels, or all of them. */
+static size parts(const pass *p) {
+    return by_blocks(p) ? (p->channels + VECTOR - 1) / VECTOR : p->last ? 1 : p->channels;
+}
+
+/* Where row `row` of channel c of map n is, in a map of results. */
+static float *place(const pass *p, float *map, size n, size c, size row) {
+    if (map == NULL) return NULL;
+    return map + (p->last ? (n * p->rows + row) * p->columns * p->out_channels + c
+                          : ((n * p->out_channels + c) * p->rows + row) * p->columns);
+}
+
+/* One part of map n's rows first ... last, of at most `rows`, to its place. */
+static void work(const pass *p, scratch *mine, size n, size part, size rows, size first, size last) {
+    const size c = by_blocks(p) ? first_channel(p, part) : part;
+    float *out = place(p, p->out, n, c, first), *pooled = place(p, p->pooled, n, c, first);
+    if (by_blocks(p)) block(p, mine, n, part, out, pooled, p->last ? 0 : p->rows * p->columns);
+    else if (p->last) rows_last(p, mine, n, first, last, out, pooled);
+    else band(p, mine, n * p->channels + c, rows, first, last, out, pooled);
+}
+
+/* All parts of these rows of `maps` maps, to the tile, and from there to their place. */
+static void work_and_mix(const pass *p, scratch *mine, size n, size maps, size rows, size first, size last) {
+    const size pixels = (last - first) * p->columns, pitch = tile_pitch(p, maps * (last - first));
+    const size step = by_blocks(p) || !p->last ? pitch : 1, both = p->inputs > p->channels;
+    for (size m = 0; m < maps; m++)
+        for (size part = 0; part < parts(p); part++) {
+            const size c = by_blocks(p) ? first_channel(p, part) : part;
+            float *out = mine->tile + c * step + m * pixels, *pooled = both ? out + p->channels * step : NULL;
+            if (by_blocks(p)) block(p, mine, n + m, part, out, pooled, pitch);
+            else if (p->last) rows_last(p, mine, n, first, last, out, pooled);
+            else band(p, mine, n * p->channels + c, rows, first, last, out, pooled);
+        }
+    mix(p, mine, n, maps, first, last);
+}
+
+static float *weights(pass *p) {
+    const size padded = p->channels + VECTOR, outputs = p->outputs ? p->outputs + 2 * VECTOR : 0;
+    const size taps = padded * p->kernel * p->kernel, columnwise = p->last && !by_blocks(p) ? p->inputs * columnwise_pitch(p) : 0;
+    float *memory = calloc((size_t)(3 * padded + 3 * outputs + taps + columnwise + 8 * VECTOR), sizeof(float)), *rest = memory;
+    if (memory == NULL) return NULL;
+    p->own.scale = carve(&rest, padded);
+    p->own.shift = carve(&rest, padded);
+    p->own.added = carve(&rest, padded);
+    p->mixed.scale = carve(&rest, outputs);
+    p->mixed.shift = carve(&rest, outputs);
+    p->mixed.added = carve(&rest, outputs);
+    p->taps = carve(&rest, taps);
+    p->columnwise = columnwise ? carve(&rest, columnwise) : NULL;
+    weigh(p);
+    return memory;
+}
+
 int depthwise(pass *p) {
-    const int blocks = by_blocks(p);
-    const size rows = item_rows(p), each = (p->rows + rows - 1) / rows;
-    const size planes = blocks ? (p->channels + VECTOR - 1) / VECTOR : p->last ? 1 : p->channels, maps = p->count * planes;
-    float *memory = calloc((size_t)((p->channels + VECTOR) * (3 + p->kernel * p->kernel) + 4 * VECTOR), sizeof(float)), *rest = memory;
+    const size rows = item_rows(p), each = (p->rows + rows - 1) / rows, maps = item_maps(p);
+    const size apart = p->outputs ? 1 : parts(p), items = (p->count + maps - 1) / maps * apart * each;
+    float *memory = weights(p);
     int failed = memory == NULL;
     if (failed) return failed;
-    p->scale = carve(&rest, p->channels + VECTOR);
-    p->shift = carve(&rest, p->channels + VECTOR);
-    p->added = carve(&rest, p->channels + VECTOR);
-    p->taps = carve(&rest, (p->channels + VECTOR) * p->kernel * p->kernel);
-    weigh(p);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(p->threads) if (p->threads > 1) reduction(| : failed)
 #endif
@@ -102,12 +173,11 @@ int depthwise(pass *p) {
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-        for (size item = 0; item < maps * each; item++) {
-            const size first = item % each * rows, last = first + rows < p->rows ? first + rows : p->rows;
+        for (size item = 0; item < items; item++) {
+            const size n = item / each / apart * maps, first = item % each * rows, last = at_most(first + rows, p->rows);
             if (own == NULL) continue;
-            if (blocks) block(p, &mine, item / planes, item % planes);
-            else if (p->last) rows_last(p, &mine, item / each, first, last);
-            else band(p, &mine, item / each, rows, first, last);
+            if (p->outputs) work_and_mix(p, &mine, n, at_most(maps, p->count - n), rows, first, last);
+            else work(p, &mine, n, item / each % apart, rows, first, last);
         }
         free(own);
     }

@@ -5,20 +5,30 @@
 
 enum { CLAMP, HARDSWISH, SILU };
 enum { BESIDE, AFTER_ACTIVATION, BEFORE_NORM }; /* the maxima: a map of their own, or where they are added */
+enum { NO_EXTRA, INPUT, MAXIMA };                /* what is added after the 1x1 convolution: a residual */
 enum { NARROW = 16, TALL = 64 };                /* the sides of small maps, pixels */
 #define VECTORISED _Pragma("omp simd")
 
+typedef struct { /* what follows a convolution: its bias, a norm and an activation */
+    int act;
+    float low, high, eps;
+    const float *bias, *mean, *variance, *gain, *offset; /* NULL where there is none */
+    float *scale, *shift, *added;                        /* channel by channel; added: the bias */
+} ending;
+
 typedef struct {
     size count, channels, height, width, kernel, stride, padding, pool, pool_padding, rows, columns;
-    size out_channels; /* of the map that `out` and `pooled` lie in: more than `channels` in a concatenation */
-    int last, shared, merge, act, threads; /* last: channels_last; shared: the maxima of the convolution's own reads */
-    float low, high, eps;
-    const float *in, *weight, *bias, *mean, *variance, *gain, *offset;
-    float *out, *pooled, *taps, *added, *scale, *shift; /* added: the convolution's bias */
+    size out_channels;              /* of the map that `out` and `pooled` lie in: more than `channels` in a concatenation */
+    size inputs, outputs;           /* of the 1x1 convolution of the result; 0: there is none */
+    int last, shared, merge, extra; /* last: channels_last; shared: the maxima of the convolution's own reads */
+    int threads;
+    const float *in, *weight, *mix; /* mix: the weights of the 1x1 */
+    ending own, mixed;              /* what follows the depthwise convolution, and the 1x1 */
+    float *out, *pooled, *taps, *columnwise; /* the weights tap by tap; those of the 1x1 input by input */
 } pass;
 
 typedef struct { /* one thread's memory */
-    float *lines, *sums, *maxima, *own, *done, *pool, *block, *framed, *result, *pooled;
+    float *lines, *sums, *maxima, *own, *done, *pool, *block, *framed, *result, *pooled, *tile;
     int places[NARROW * TALL];
 } scratch;
 
@@ -83,25 +93,25 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
         else { LOOP(5, NONE) }                                                                                         \
     } while (0)
 
-/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. A, B
- * and C: scale, shift and bias of place i of a piece. */
+/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. E: what
+ * follows the convolution; A, B and C: its scale, shift and bias of place i of a piece. */
 #define EACH(A, B, V, RESULT)                                                                                          \
     for (size j = 0; j < pieces; j++, sum += step, to += pitch, most += most == NULL ? 0 : step)                       \
-        for (size i = 0; i < length; i++) {                                                                            \
+        VECTORISED for (size i = 0; i < length; i++) {                                                                 \
             const float v = (V)*(A) + (B);                                                                             \
             to[i] = RESULT;                                                                                            \
         }
 #define FINISH(A, B, C, ACTIVATED)                                                                                     \
     do {                                                                                                               \
         if (most == NULL) { EACH(A, B, sum[i] + C, ACTIVATED) }                                                        \
-        else if (p->merge == BEFORE_NORM) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                              \
+        else if (before_norm) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                                          \
         else { EACH(A, B, sum[i] + C, ACTIVATED + most[i]) }                                                           \
     } while (0)
-#define FINISH_EACH(A, B, C)                                                                                           \
+#define FINISH_EACH(E, A, B, C)                                                                                        \
     do {                                                                                                               \
-        const float low = p->low, high = p->high;                                                                      \
-        if (p->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                     \
-        else if (p->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                        \
+        const float low = (E)->low, high = (E)->high;                                                                  \
+        if ((E)->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                   \
+        else if ((E)->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                      \
         else FINISH(A, B, C, clamp(v, low, high));                                                                     \
     } while (0)
 
@@ -132,10 +142,13 @@ INLINE size first_channel(const pass *p, size block) {
     return last < 0 ? 0 : block * VECTOR < last ? block * VECTOR : last;
 }
 
-/* Whether a map is so small that it is set into a frame, where no window reaches over a side. */
+/* Whether a map is so small that it is set into a frame, where no window reaches over a side. A 1x1 convolution reads whole
+ * maps then, of which there must be one for each thread. */
 INLINE int by_blocks(const pass *p) {
-    const int one_frame = p->pool_padding == 0 || p->pool == p->kernel;
-    return one_frame && p->width <= NARROW && p->height <= TALL && (!p->last || (p->padding && p->channels >= VECTOR));
+    const int one_frame = p->pool_padding == 0 || p->pool == p->kernel, small = p->width <= NARROW && p->height <= TALL;
+    const int turned = p->outputs ? p->extra != INPUT : p->padding > 0; /* channels_last: whether it is worth while */
+    if (p->outputs && p->count < p->threads) return 0;
+    return one_frame && small && (!p->last || (turned && p->channels >= VECTOR));
 }
 
 /* Contiguous: the floats of a line of a band. */
@@ -153,10 +166,14 @@ INLINE size phase_floats(const pass *p, size rows) {
 int depthwise_fits(pass *p);       /* fills rows, columns and shared; 0 where the windows do not fit, or not together */
 int all_finite(const pass *p);     /* what a pass with padding needs of its weights */
 int depthwise(pass *p);            /* nonzero where memory was wanting */
-/* Sixteen channels of one small map; rows first ... last of a plane. */
-void block(const pass *p, scratch *mine, size n, size index);
-void band(const pass *p, scratch *mine, size plane, size rows, size first, size last);
-/* Rows first ... last of a channels_last map. */
-void rows_last(const pass *p, scratch *mine, size n, size first, size last);
+/* Sixteen channels of one small map, to planes that are `pitch` apart or, where it is 0, to channels_last maps. */
+void block(const pass *p, scratch *mine, size n, size index, float *out, float *pooled, size pitch);
+/* Rows first ... last, of at most `rows`, of a plane, and of all channels of a channels_last map. */
+void band(const pass *p, scratch *mine, size plane, size rows, size first, size last, float *out, float *pooled);
+void rows_last(const pass *p, scratch *mine, size n, size first, size last, float *out, float *pooled);
+/* The 1x1 convolution of the tile, rows first ... last of `maps` maps from n on, to the result. */
+size tile_pitch(const pass *p, size rows); /* floats from one input's pixels to the next one's, or pixels */
+size columnwise_pitch(const pass *p);      /* floats from one input's weights to the next one's */
+void mix(const pass *p, const scratch *mine, size n, size maps, size first, size last);
 
 #endif

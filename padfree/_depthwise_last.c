@@ -54,9 +54,11 @@ INLINE void taps_last(const pass *p, const float *const rows[5], size columns, f
 
 INLINE void finish_block(const pass *p, size from, size length, const float *restrict sum, const float *restrict most,
                          float *restrict to) {
-    const float *restrict scale = p->scale + from, *restrict shift = p->shift + from, *restrict added = p->added + from;
+    const float *restrict scale = p->own.scale + from, *restrict shift = p->own.shift + from;
+    const float *restrict added = p->own.added + from;
     const size pieces = p->columns, step = p->channels, pitch = p->out_channels;
-    FINISH_EACH(scale[i], shift[i], added[i]);
+    const int before_norm = p->merge == BEFORE_NORM;
+    FINISH_EACH(&p->own, scale[i], shift[i], added[i]);
 }
 
 INLINE void copy_block(const pass *p, size length, const float *restrict from, float *restrict to) {
@@ -123,11 +125,11 @@ INLINE void row_last(const pass *p, const float *map, const float *other, scratc
 }
 
 FOR_EVERY_CPU
-void rows_last(const pass *p, scratch *mine, size n, size first, size last) {
+void rows_last(const pass *p, scratch *mine, size n, size first, size last, float *out, float *pooled) {
     const float *map = p->in + n * p->height * p->width * p->channels;
     for (size index = first; index < last; index++) {
-        const size at = (n * p->rows + index) * p->columns * p->out_channels;
-        row_last(p, map, map, mine, index, p->out + at, p->pooled == NULL ? NULL : p->pooled + at);
+        const size at = (index - first) * p->columns * p->out_channels;
+        row_last(p, map, map, mine, index, out + at, pooled == NULL ? NULL : pooled + at);
     }
 }
 
@@ -142,24 +144,22 @@ INLINE void set_in(const pass *p, const float *restrict from, float *restrict to
 }
 
 FOR_EVERY_CPU
-void block(const pass *p, scratch *mine, size n, size index) {
+void block(const pass *p, scratch *mine, size n, size index, float *out, float *pooled, size pitch) {
     const size from = first_channel(p, index), pixels = p->rows * p->columns, wide = p->width + 2 * p->padding;
     const size planes = p->channels < VECTOR ? p->channels : VECTOR;
     const size begin = p->last ? n * p->height * p->width * p->channels + from : (n * p->channels + from) * p->height * p->width;
-    const size at = p->last ? n * pixels * p->out_channels + from : (n * p->out_channels + from) * pixels;
     const float *map = mine->block + (p->padding * wide + p->padding) * VECTOR; /* for a pool without padding */
     pass q = *p;
     q.channels = VECTOR;
-    q.out_channels = p->last ? p->out_channels : VECTOR;
+    q.out_channels = pitch ? VECTOR : p->out_channels;
     q.height = p->height + 2 * p->padding;
     q.width = wide;
     q.padding = q.pool_padding = 0;
     q.taps = p->taps + index * VECTOR * p->kernel * p->kernel;
-    q.scale = p->scale + from;
-    q.shift = p->shift + from;
-    q.added = p->added + from;
-    float *out = p->last ? p->out + at : mine->result;
-    float *pooled = p->pooled == NULL ? NULL : p->last ? p->pooled + at : mine->pooled;
+    q.own.scale = p->own.scale + from;
+    q.own.shift = p->own.shift + from;
+    q.own.added = p->own.added + from;
+    float *const result = pitch ? mine->result : out, *const maxima = pitch && pooled != NULL ? mine->pooled : pooled;
     if (p->last) set_in(p, p->in + begin, mine->block);
     else turn(p->in + begin, planes, p->height * p->width, mine->places, mine->block);
     if (p->pool_padding) { /* the maxima of a frame of -inf */
@@ -170,9 +170,9 @@ void block(const pass *p, scratch *mine, size n, size index) {
     }
     for (size row = 0; row < p->rows; row++) {
         const size to = row * p->columns * q.out_channels;
-        row_last(&q, mine->block, map, mine, row, out + to, pooled == NULL ? NULL : pooled + to);
+        row_last(&q, mine->block, map, mine, row, result + to, maxima == NULL ? NULL : maxima + to);
     }
-    if (p->last) return;
-    turn_back(mine->result, planes, pixels, p->out + at);
-    if (p->pooled != NULL) turn_back(mine->pooled, planes, pixels, p->pooled + at);
+    if (pitch == 0) return;
+    turn_back(mine->result, planes, pixels, out, pitch);
+    if (pooled != NULL) turn_back(mine->pooled, planes, pixels, pooled, pitch);
 }

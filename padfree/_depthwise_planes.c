@@ -21,9 +21,10 @@ INLINE void taps_dense(const pass *p, const float *restrict w, const float *rest
 
 INLINE void finish_plane(const pass *p, size c, const float *restrict sum, const float *restrict most,
                          float *restrict to, size length) {
-    const float scale = p->scale[c], shift = p->shift[c], added = p->added[c];
+    const float scale = p->own.scale[c], shift = p->own.shift[c], added = p->own.added[c];
     const size pieces = 1, pitch = 0, step = 0;
-    FINISH_EACH(scale, shift, added);
+    const int before_norm = p->merge == BEFORE_NORM;
+    FINISH_EACH(&p->own, scale, shift, added);
 }
 
 /* Columns of even and odd number. Whole vectors, where they fit, write past the line's end. */
@@ -77,22 +78,21 @@ INLINE void gather(const float *restrict from, size pitch, float *restrict to, s
 }
 
 FOR_EVERY_CPU
-void band(const pass *p, scratch *mine, size plane, size rows, size first, size last) {
-    const size n = plane / p->channels, c = plane % p->channels, pitch = line_pitch(p), phase = phase_floats(p, rows);
+void band(const pass *p, scratch *mine, size plane, size rows, size first, size last, float *out, float *pooled) {
+    const size c = plane % p->channels, pitch = line_pitch(p), phase = phase_floats(p, rows);
     const size columns = p->columns, length = ((last - first - 1) * pitch + columns + VECTOR - 1) / VECTOR * VECTOR;
-    const size at = ((n * p->out_channels + c) * p->rows + first) * columns;
     const float *from = p->in + plane * p->height * p->width, *weight = p->weight + c * p->kernel * p->kernel;
     fill(p, from, mine->lines, phase, first, (last - first - 1) * p->stride + p->kernel);
     if (p->stride == 2) taps_strided(p, weight, mine->lines, phase, pitch, length, mine->sums, mine->maxima);
     else taps_dense(p, weight, mine->lines, pitch, length, mine->sums, mine->maxima);
-    if (p->pooled != NULL && p->shared && !clouded(mine->sums, length))
-        gather(mine->maxima, pitch, p->pooled + at, columns, last - first);
-    else if (p->pooled != NULL) pool_rows(p, from, 1, mine->pool, p->pooled + at, first, last);
+    if (pooled != NULL && p->shared && !clouded(mine->sums, length))
+        gather(mine->maxima, pitch, pooled, columns, last - first);
+    else if (pooled != NULL) pool_rows(p, from, 1, mine->pool, pooled, first, last);
     else if (p->pool && !p->shared) {
         pool_rows(p, from, 1, mine->pool, mine->own, first, last);
         for (size r = 0; r < last - first; r++)
             memcpy(mine->maxima + r * pitch, mine->own + r * columns, (size_t)columns * sizeof(float));
     }
     finish_plane(p, c, mine->sums, p->merge == BESIDE ? NULL : mine->maxima, mine->done, length);
-    gather(mine->done, pitch, p->out + at, columns, last - first);
+    gather(mine->done, pitch, out, columns, last - first);
 }

@@ -174,9 +174,9 @@ static PyMethodDef methods[] = {
     {"max_pool_backward", max_pool_backward, METH_VARARGS,
      "max_pool_backward(grad, taps, out, planes, ...): the gradient of the input, of the sizes that it had."},
     {"onepass", onepass, METH_VARARGS,
-     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, threads): the result, or both;\n"
-     "None where it cannot be done here, False where the modules are not what was read any more."},
+     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, mixed, extra, threads):\n"
+     "the result, or both; None where it cannot be done here, False where the modules are not what was read any more."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "padfree._maxpool", NULL, 0, methods, NULL, NULL, NULL, NULL};
-PyMODINIT_FUNC PyInit__maxpool(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__maxpool(void) { return make_names() ? NULL : PyModule_Create(&module); }

@@ -37,6 +37,7 @@ size pool_pitch(size width, size padding);
 size pool_floats(size width, size padding, size unit);                     /* of a thread's buffer, zero at first, */
 void pool_edges(float *buffer, size floats, size padding, size unit);      /* whose edges this makes, */
 void pool_group(const pool_job *job, float *buffer, size first, size last); /* for rows of the result */
+int make_names(void); /* nonzero with an exception where it failed */
 PyObject *onepass(PyObject *self, PyObject *args);
 PyObject *max_pool_taps(PyObject *self, PyObject *args);
 PyObject *max_pool_backward(PyObject *self, PyObject *args);

@@ -51,5 +51,7 @@ def onepass(
     pool_padding: int,
     merge: int,
     joined: bool,
+    mixed: bool,
+    extra: int,
     threads: int,
 ) -> Any: ...

@@ -5,9 +5,14 @@
 
 enum { WEIGHT, BIAS, MEAN, VARIANCE, GAIN, OFFSET, TENSORS };
 
-typedef struct {
-    PyObject *table, *kinds, *tensors[TENSORS]; /* owned, while the map is worked on */
+typedef struct { /* a convolution and its norm, NULL where there is none; owned, while the map is worked on, as are their tensors */
+    PyObject *conv, *norm, *tensors[TENSORS];
     const float *at[TENSORS];
+} layer;
+
+typedef struct {
+    PyObject *table, *kinds;
+    layer own, mixed;
 } weights;
 
 static int is_one_of(PyObject *kinds, PyObject *tensor) {
@@ -18,30 +23,44 @@ static int is_one_of(PyObject *kinds, PyObject *tensor) {
 }
 
 /* Whether a table of a module's (its `_parameters` or `_buffers`) has a plain tensor of this shape by this name, or None. */
-static int take(weights *all, int which, PyObject *module, const char *table, const char *name, int dims, const int64_t *shape) {
+static int take(const weights *all, layer *l, int which, PyObject *module, PyObject *table, PyObject *key, int dims,
+                const int64_t *shape) {
     memory found;
-    PyObject *own = PyObject_GenericGetDict(module, NULL), *tensors = own ? PyDict_GetItemString(own, table) : NULL;
-    PyObject *tensor = tensors && PyDict_Check(tensors) ? PyDict_GetItemString(tensors, name) : NULL;
+    PyObject *own = PyObject_GenericGetDict(module, NULL), *tensors = own ? PyDict_GetItemWithError(own, table) : NULL;
+    PyObject *tensor = tensors && PyDict_Check(tensors) ? PyDict_GetItemWithError(tensors, key) : NULL;
     Py_XINCREF(tensor);
     Py_XDECREF(own);
-    all->tensors[which] = tensor;
+    l->tensors[which] = tensor;
     if (tensor == NULL || tensor == Py_None) return tensor == Py_None && which != WEIGHT && which != MEAN && which != VARIANCE;
-    if (!is_one_of(all->kinds, tensor) || !lies_in(all->table, tensor, &found) || !is_dense(&found, dims, shape)) return 0;
-    all->at[which] = found.data;
+    if (!is_one_of(all->kinds, tensor) || !lies_in(all->table, tensor, &found) || !is_literal(tensor)) return 0;
+    if (!is_dense(&found, dims, shape)) return 0;
+    l->at[which] = found.data;
     return 1;
 }
 
-/* `norm`: NULL where there is none. */
-static int take_all(weights *all, PyObject *conv, PyObject *norm, const pass *p) {
-    const int64_t channels = p->channels, window[] = {channels, 1, p->kernel, p->kernel};
-    int found = take(all, WEIGHT, conv, "_parameters", "weight", 4, window) &&
-                take(all, BIAS, conv, "_parameters", "bias", 1, &channels);
-    if (norm != NULL)
-        found = found && take(all, MEAN, norm, "_buffers", "running_mean", 1, &channels) &&
-                take(all, VARIANCE, norm, "_buffers", "running_var", 1, &channels) &&
-                take(all, GAIN, norm, "_parameters", "weight", 1, &channels) &&
-                take(all, OFFSET, norm, "_parameters", "bias", 1, &channels);
+/* A convolution's tensors and its norm's, to where the pass looks for them. */
+static int take_layer(const weights *all, layer *l, const int64_t shape[4], const float **weight, ending *e) {
+    const int64_t *channels = shape;
+    int found = take(all, l, WEIGHT, l->conv, name._parameters, name.weight, 4, shape) &&
+                take(all, l, BIAS, l->conv, name._parameters, name.bias, 1, channels);
+    if (l->norm != NULL)
+        found = found && take(all, l, MEAN, l->norm, name._buffers, name.running_mean, 1, channels) &&
+                take(all, l, VARIANCE, l->norm, name._buffers, name.running_var, 1, channels) &&
+                take(all, l, GAIN, l->norm, name._parameters, name.weight, 1, channels) &&
+                take(all, l, OFFSET, l->norm, name._parameters, name.bias, 1, channels);
+    *weight = l->at[WEIGHT];
+    e->bias = l->at[BIAS];
+    e->mean = l->at[MEAN];
+    e->variance = l->at[VARIANCE];
+    e->gain = l->at[GAIN];
+    e->offset = l->at[OFFSET];
     return found;
+}
+
+static int take_all(weights *all, pass *p) {
+    const int64_t window[] = {p->channels, 1, p->kernel, p->kernel}, matrix[] = {p->outputs, p->inputs, 1, 1};
+    return take_layer(all, &all->own, window, &p->weight, &p->own) &&
+           (p->outputs == 0 || take_layer(all, &all->mixed, matrix, &p->mix, &p->mixed));
 }
 
 /* The map's sizes, where the windows fit into it. */
@@ -54,13 +73,14 @@ static int fits(pass *p, const memory *map, size stride) {
     return depthwise_fits(p);
 }
 
-/* Maps for the results: one, of twice the channels where both halves are `joined`, or two. */
+/* Maps for the results: one, of twice the channels where both halves are `joined`, or two; that of the 1x1 convolution. */
 static PyObject *results(pass *p, PyObject *table, PyObject *x, int joined) {
-    const int two = p->pool && p->merge == BESIDE;
-    const int64_t shape[] = {p->count, (two && joined ? 2 : 1) * p->channels, p->rows, p->columns};
+    const int two = p->pool && p->merge == BESIDE && !p->outputs;
+    const int64_t channels = p->outputs ? p->outputs : (two && joined ? 2 : 1) * p->channels;
+    const int64_t shape[] = {p->count, channels, p->rows, p->columns};
     memory found;
     PyObject *out = fresh_map(x, shape, p->last), *pooled = out && two && !joined ? fresh_map(x, shape, p->last) : NULL, *both;
-    p->out_channels = shape[1];
+    p->out_channels = p->outputs ? p->inputs : channels;
     p->pooled = NULL;
     if (out == NULL || !lies_in(table, out, &found)) goto failed;
     p->out = found.data;
@@ -79,17 +99,20 @@ failed:
     return NULL;
 }
 
-static PyObject *run(weights *all, PyObject *conv, PyObject *norm, PyObject *x, size stride, pass *p, int joined) {
+/* Whether a 1x1 convolution, if there is one, reads what the pass makes, and what is added to it has its size. */
+static int mixes(const pass *p, int joined) {
+    const int two = p->pool && p->merge == BESIDE, same_channels = p->outputs == p->channels;
+    if (p->outputs == 0) return p->extra == NO_EXTRA;
+    if (two != joined) return 0;
+    if (p->extra == INPUT) return same_channels && p->rows == p->height && p->columns == p->width;
+    return p->extra == NO_EXTRA || (p->extra == MAXIMA && same_channels && two);
+}
+
+static PyObject *run(weights *all, PyObject *x, size stride, pass *p, int joined) {
     memory map;
     PyObject *result = NULL;
     int failed = 0;
-    if (!lies_in(all->table, x, &map) || !fits(p, &map, stride) || !take_all(all, conv, norm, p)) return NULL;
-    p->weight = all->at[WEIGHT];
-    p->bias = all->at[BIAS];
-    p->mean = all->at[MEAN];
-    p->variance = all->at[VARIANCE];
-    p->gain = all->at[GAIN];
-    p->offset = all->at[OFFSET];
+    if (!lies_in(all->table, x, &map) || !is_literal(x) || !fits(p, &map, stride) || !mixes(p, joined) || !take_all(all, p)) return NULL;
     if (!all_finite(p)) return NULL;
     result = results(p, all->table, x, joined);
     if (result == NULL) return NULL;
@@ -112,15 +135,31 @@ static PyObject *referent(PyObject *ref) {
     return found;
 }
 
+/* The convolution of a watch and its norm, if there is one; 0 where one is gone. */
+static int find(layer *l, PyObject *conv, PyObject *norm) {
+    l->conv = referent(conv);
+    l->norm = norm == Py_None ? NULL : referent(norm);
+    return l->conv != NULL && (norm == Py_None) == (l->norm == NULL);
+}
+
+static void let_go(layer *l) {
+    for (int i = 0; i < TENSORS; i++) Py_XDECREF(l->tensors[i]);
+    Py_XDECREF(l->conv);
+    Py_XDECREF(l->norm);
+}
+
+static int read_ending(ending *e, PyObject *numbers) { return PyArg_ParseTuple(numbers, "ifff", &e->act, &e->low, &e->high, &e->eps); }
+
 PyObject *onepass(PyObject *self, PyObject *args) {
     (void)self;
-    PyObject *watch, *x, *modules, *conv, *norm, *result = NULL;
+    PyObject *watch, *x, *modules, *result = NULL;
     weights all = {.table = NULL};
     pass p = {.count = 0};
     size stride;
-    int joined;
-    if (!PyArg_ParseTuple(args, "OO!O!OO!nnniii", &all.table, &PyTuple_Type, &all.kinds, &PyTuple_Type, &watch, &x,
-                          &PyTuple_Type, &modules, &stride, &p.pool, &p.pool_padding, &p.merge, &joined, &p.threads))
+    int joined, mixed;
+    if (!PyArg_ParseTuple(args, "OO!O!OO!nnniiiii", &all.table, &PyTuple_Type, &all.kinds, &PyTuple_Type, &watch, &x,
+                          &PyTuple_Type, &modules, &stride, &p.pool, &p.pool_padding, &p.merge, &joined, &mixed, &p.extra,
+                          &p.threads))
         return NULL;
     if (PyTuple_Size(watch) != WATCHED) {
         PyErr_SetString(PyExc_ValueError, "a watch has other fields");
@@ -132,15 +171,20 @@ PyObject *onepass(PyObject *self, PyObject *args) {
     }
     if (p.merge < 0 || PyTuple_GetItem(watch, CONV) == Py_None) Py_RETURN_NONE; /* nothing that could be passed was read */
     if (!PyArg_ParseTuple(PyTuple_GetItem(watch, WINDOW), "nnnn", &p.channels, &p.kernel, &p.stride, &p.padding) ||
-        !PyArg_ParseTuple(PyTuple_GetItem(watch, NUMBERS), "ifff", &p.act, &p.low, &p.high, &p.eps))
+        !read_ending(&p.own, PyTuple_GetItem(watch, NUMBERS)))
         return NULL;
-    const int normed = PyTuple_GetItem(watch, NORM) != Py_None;
-    conv = referent(PyTuple_GetItem(watch, CONV));
-    norm = normed ? referent(PyTuple_GetItem(watch, NORM)) : NULL;
-    if (conv != NULL && normed == (norm != NULL)) result = run(&all, conv, norm, x, stride, &p, joined);
-    for (int i = 0; i < TENSORS; i++) Py_XDECREF(all.tensors[i]);
-    Py_XDECREF(conv);
-    Py_XDECREF(norm);
+    int there = find(&all.own, PyTuple_GetItem(watch, CONV), PyTuple_GetItem(watch, NORM));
+    if (there && mixed) {
+        p.inputs = joined ? 2 * p.channels : p.channels;
+        there = PyTuple_GetItem(watch, MIX) != Py_None && find(&all.mixed, PyTuple_GetItem(watch, MIX), PyTuple_GetItem(watch, MIX_NORM));
+        if (there) {
+            p.outputs = PyLong_AsSsize_t(PyTuple_GetItem(watch, MIX_OUTPUTS));
+            there = p.outputs > 0 && read_ending(&p.mixed, PyTuple_GetItem(watch, MIX_NUMBERS));
+        }
+    }
+    if (there) result = run(&all, x, stride, &p, joined);
+    let_go(&all.own);
+    let_go(&all.mixed);
     if (result == NULL && !PyErr_Occurred()) Py_RETURN_NONE;
     return result;
 }

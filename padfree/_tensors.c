@@ -9,9 +9,18 @@ typedef struct {
     int (*borrow)(void *tensor, memory *to);
 } functions;
 
-/* Whether the numbers are what lies in the memory, and not their negatives. */
-static int is_literal(PyObject *tensor) {
-    PyObject *negative = PyObject_CallMethod(tensor, "is_neg", NULL);
+names name;
+
+int make_names(void) {
+#define MAKE(NAME)                                                                                                     \
+    if (name.NAME == NULL && (name.NAME = PyUnicode_InternFromString(#NAME)) == NULL) return -1;
+    EACH_NAME(MAKE)
+#undef MAKE
+    return 0;
+}
+
+int is_literal(PyObject *tensor) {
+    PyObject *negative = PyObject_CallMethodObjArgs(tensor, name.is_neg, NULL);
     Py_XDECREF(negative);
     return negative == Py_False;
 }
@@ -23,8 +32,7 @@ int lies_in(PyObject *table, PyObject *tensor, memory *found) {
         return 0;
     }
     found->data = found->data == NULL ? NULL : (char *)found->data + found->offset;
-    return found->device == CPU && found->code == FLOATS && found->bits == 32 && found->lanes == 1 && found->data != NULL &&
-           is_literal(tensor);
+    return found->device == CPU && found->code == FLOATS && found->bits == 32 && found->lanes == 1 && found->data != NULL;
 }
 
 /* Whether it lies one after another in this order of its axes, the innermost first. */
@@ -55,9 +63,10 @@ int is_map(const memory *tensor, int *last) {
 
 PyObject *fresh_map(PyObject *like, const int64_t shape[4], int last) {
     const long long n = shape[0], c = shape[1], h = shape[2], w = shape[3];
-    if (!last) return PyObject_CallMethod(like, "new_empty", "((LLLL))", n, c, h, w);
-    PyObject *made = PyObject_CallMethod(like, "new_empty", "((LLLL))", n, h, w, c);
-    PyObject *turned = made == NULL ? NULL : PyObject_CallMethod(made, "permute", "(iiii)", 0, 3, 1, 2);
-    Py_XDECREF(made);
-    return turned;
+    PyObject *sizes = Py_BuildValue("(LLLL)", n, c, h, w), *made = NULL;
+    PyObject *strides = last ? Py_BuildValue("(LLLL)", c * h * w, 1LL, c * w, c) : Py_BuildValue("(LLLL)", c * h * w, h * w, w, 1LL);
+    if (sizes != NULL && strides != NULL) made = PyObject_CallMethodObjArgs(like, name.new_empty_strided, sizes, strides, NULL);
+    Py_XDECREF(sizes);
+    Py_XDECREF(strides);
+    return made;
 }

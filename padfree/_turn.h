@@ -28,6 +28,18 @@ INLINE void turn_quad(const float *from, size pitch, float *first, float *second
 }
 #endif
 
+/* Rows of a matrix, `apart`, to columns of another, whose rows are `pitch` apart. */
+INLINE void turn_matrix(const float *restrict from, size apart, size rows, size columns, float *restrict to, size pitch) {
+    const size high = QUADS ? rows / QUAD * QUAD : 0, wide = QUADS ? columns / QUAD * QUAD : 0;
+    for (size i = 0; i < wide; i += QUAD)
+        for (size r = 0; r < high; r += QUAD) {
+            float *at = to + i * pitch + r;
+            turn_quad(from + r * apart + i, apart, at, at + pitch, at + 2 * pitch, at + 3 * pitch);
+        }
+    for (size r = 0; r < rows; r++)
+        for (size i = r < high ? wide : 0; i < columns; i++) to[i * pitch + r] = from[r * apart + i];
+}
+
 /* `planes` (up to sixteen) of `area` floats, to where `places` says that each pixel's sixteen values lie. */
 INLINE void turn(const float *restrict from, size planes, size area, const int *restrict places, float *restrict to) {
     const size whole = QUADS && planes == VECTOR ? area / QUAD * QUAD : 0;
@@ -40,16 +52,16 @@ INLINE void turn(const float *restrict from, size planes, size area, const int *
         for (size c = 0; c < planes; c++) to[places[i] + c] = from[c * area + i];
 }
 
-/* The way back, from pixels that lie one after another. */
-INLINE void turn_back(const float *restrict from, size planes, size area, float *restrict to) {
+/* The way back, from pixels that lie one after another to planes that are `pitch` apart. */
+INLINE void turn_back(const float *restrict from, size planes, size area, float *restrict to, size pitch) {
     const size whole = QUADS && planes == VECTOR ? area / QUAD * QUAD : 0;
     for (size i = 0; i < whole; i += QUAD)
         for (size c = 0; c < VECTOR; c += QUAD) {
-            float *at = to + c * area + i;
-            turn_quad(from + i * VECTOR + c, VECTOR, at, at + area, at + 2 * area, at + 3 * area);
+            float *at = to + c * pitch + i;
+            turn_quad(from + i * VECTOR + c, VECTOR, at, at + pitch, at + 2 * pitch, at + 3 * pitch);
         }
     for (size c = 0; c < planes; c++)
-        for (size i = whole; i < area; i++) to[c * area + i] = from[i * VECTOR + c];
+        for (size i = whole; i < area; i++) to[c * pitch + i] = from[i * VECTOR + c];
 }
 
 #endif

@@ -50,7 +50,7 @@ static int is_altered(PyObject *own, PyObject *hooks, PyObject *names) {
 }
 
 static int has_children(PyObject *own, PyObject *refs) {
-    PyObject *table = PyDict_GetItemString(own, "_modules"), *children;
+    PyObject *table = PyDict_GetItemWithError(own, name._modules), *children;
     if (table == NULL || PyTuple_Size(refs) == 0) return table != NULL && PyObject_Size(table) == 0;
     children = PyMapping_Values(table);
     const int same = children != NULL && lead_to(refs, children);
@@ -58,7 +58,7 @@ static int has_children(PyObject *own, PyObject *refs) {
     return same;
 }
 
-static int holds(PyObject *state) {
+static int is_as_read(PyObject *state) {
     PyObject *kind = PyTuple_GetItem(state, KIND), *module = PyWeakref_GetObject(PyTuple_GetItem(state, REF)), *own = NULL;
     if (module == NULL || (PyObject *)Py_TYPE(module) != kind) return 0;
     Py_INCREF(module); /* looking up attributes of a class may run code of its own */
@@ -77,7 +77,7 @@ int unchanged(PyObject *watch, PyObject *modules) {
     PyObject *states = PyTuple_GetItem(watch, STATES);
     int same = lead_to(PyTuple_GetItem(watch, MODULES), modules) &&
                has_settings(PyTuple_GetItem(watch, NAMES), PyTuple_GetItem(watch, FUNCTIONS));
-    for (size i = 0; same && i < PyTuple_Size(states); i++) same = holds(PyTuple_GetItem(states, i));
+    for (size i = 0; same && i < PyTuple_Size(states); i++) same = is_as_read(PyTuple_GetItem(states, i));
     if (!PyErr_Occurred()) return same;
     if (PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear(); /* a class has lost a function, say */
     return 0;

@@ -1,4 +1,4 @@
-"""What a few modules, called one after another, compute: a depthwise convolution, a batch norm, an activation.
+"""What a few modules, called one after another, compute: a depthwise convolution, a batch norm, an activation, a 1x1.
 
 Told by which functions a module's class runs, never by its name. What was read is kept until something about these
 modules changes (`padfree.watch`). Nothing here keeps a module alive.
@@ -67,13 +67,18 @@ _ACTIVATIONS |= {
 _NOTHING = {nn.Identity.forward, nn.Dropout.forward, nn.Dropout2d.forward}  # in eval mode
 
 
+WIDEST = 512  # inputs of a 1x1 convolution that is part of the pass: the library multiplies larger matrices faster
+
 _KNOWN: dict[int, Chain] = {}
 
 
 class Chain:
-    """A depthwise convolution at the beginning of a sequence of modules, and what was understood of what follows it."""
+    """A depthwise convolution at the beginning of a sequence of modules, and what was understood of what follows it.
 
-    __slots__ = ("_behind", "_first", "_rest", "late", "watch")
+    A 1x1 convolution of the sum, with the norm and the activation behind it, may be left to call or not: it `mixes`.
+    """
+
+    __slots__ = ("_after", "_behind", "_first", "_rest", "late", "mixes", "watch")
 
     def __init__(self, before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> None:
         self._first = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
@@ -81,10 +86,11 @@ class Chain:
         try:
             found = _read(before, behind, beside, states)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
-            found = _Found(_NOTHING_READ, before, False, behind)
+            found = _nothing_read(before, behind)
         self.watch = (refs(listed(before, behind, beside)), tuple(states.values()), *_WORLD, *found.read)
         self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
-        self._rest, self._behind = refs(found.rest), refs(found.behind)
+        self.mixes = found.after is not None
+        self._rest, self._behind, self._after = refs(found.rest), refs(found.behind), refs(found.after or ())
 
     @property
     def rest(self) -> Modules:
@@ -95,6 +101,11 @@ class Chain:
     def behind(self) -> Modules:
         """What is left to call on the sum."""
         return tuple([ref() for ref in self._behind]) if self._behind else ()
+
+    @property
+    def after(self) -> Modules:
+        """What is left to call on the result of the 1x1 convolution, its norm and its activation."""
+        return tuple([ref() for ref in self._after]) if self._after else ()
 
 
 def _forget(table: dict[int, Chain], key: int, gone: weakref.ref[nn.Module]) -> None:
@@ -125,13 +136,20 @@ def listed(before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> t
 
 
 class _Found(NamedTuple):
-    read: tuple[Any, ...]  # references to convolution and norm; channels, kernel, stride, padding; activation, eps
+    # References to convolution and norm; channels, kernel, stride, padding; activation, eps. The same of a 1x1, which
+    # has a number of outputs instead.
+    read: tuple[Any, ...]
     rest: Modules
     late: bool
     behind: Modules
+    after: Modules | None  # None: there is no 1x1
 
 
-_NOTHING_READ = (None, None, (), ())
+def _nothing_read(before: Modules, behind: Modules) -> _Found:
+    return _Found((None, None, (), (), *_NO_MIX), before, False, behind, None)
+
+
+_NO_MIX = (None, None, 0, ())
 _WORLD = F.__dict__, tuple(part for pair in _USUAL.items() for part in pair)
 
 
@@ -144,19 +162,35 @@ def _read(
     conv = parts.first()
     patched = any(getattr(F, name, None) is not usual for name, usual in _USUAL.items())
     if patched or not (_is_depthwise(conv) and all(is_bare(module) for module in beside)):
-        return _Found(_NOTHING_READ, before, False, behind)
+        return _nothing_read(before, behind)
     parts.take()
     channels = int(conv.in_channels)
     norm, act = _norm_and_act(parts, channels)
     late, rest, left = False, parts.left(), behind
-    if not rest and behind and norm is None and act == _NO_ACTIVATION:
+    if not (rest or beside) and behind and norm is None and act == _NO_ACTIVATION:
         parts = _Parts(behind, states)
         norm, found = _norm_and_act(parts, channels)
         if norm is not None:
             late, act, left = True, found, parts.left()
     window = tuple(int(size) for size in (channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]))
+    mix, after = (_NO_MIX, None) if rest else _mix(left, states, 2 * channels if beside else channels)
+    return _Found((weakref.ref(conv), *_ending(norm, act, window), *mix), rest, late, left, after)
+
+
+def _ending(norm: Any, act: Activation, sizes: Any) -> tuple[Any, ...]:
     eps, statistics = (0.0, None) if norm is None else (float(norm.eps), weakref.ref(norm))
-    return _Found((weakref.ref(conv), statistics, window, (*act, eps)), rest, late, left)
+    return statistics, sizes, (*act, eps)
+
+
+def _mix(modules: Modules, states: dict[int, tuple[Any, ...]], inputs: int) -> tuple[tuple[Any, ...], Modules | None]:
+    """A 1x1 convolution of so many channels at the front, with what follows it, and what is left to call."""
+    parts = _Parts(modules, states)
+    conv = _after_nothing(parts)
+    if not _is_pointwise(conv) or conv.in_channels != inputs or inputs > WIDEST:
+        return _NO_MIX, None
+    parts.take()
+    outputs = int(conv.out_channels)
+    return (weakref.ref(conv), *_ending(*_norm_and_act(parts, outputs), outputs)), parts.left()
 
 
 class _Parts:
@@ -213,8 +247,20 @@ def _after_nothing(parts: _Parts) -> Any:
         parts.take()
 
 
+def _is_plain(conv: Any) -> bool:
+    return has_usual(nn.Conv2d, conv) and is_bare(conv) and _own_tensors(conv, ("weight", "bias"))
+
+
+def _is_pointwise(conv: Any) -> bool:
+    if not _is_plain(conv):
+        return False
+    window = conv.kernel_size, conv.stride, conv.dilation
+    plain = conv.padding == (0, 0) and conv.padding_mode == "zeros" and conv.groups == 1
+    return bool(window == ((1, 1), (1, 1), (1, 1)) and plain)
+
+
 def _is_depthwise(conv: Any) -> bool:
-    if not has_usual(nn.Conv2d, conv) or not is_bare(conv) or not _own_tensors(conv, ("weight", "bias")):
+    if not _is_plain(conv):
         return False
     channels, kernel, padding = conv.in_channels, conv.kernel_size, conv.padding
     return bool(

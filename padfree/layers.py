@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from padfree.onepass import quick, reduce, stem_branches
+from padfree.native import Extra
+from padfree.onepass import quick, reduce, stem_tail
 from padfree.pooling import max_pool, shortcut_pool
 
 
@@ -143,11 +144,9 @@ class StemTail(nn.Module):
         if self.has_end:
             x = self.end(x)
         if not torch.jit.is_scripting() and not self.preact:  # type: ignore[attr-defined]
-            both = self._both(x)
-            if both is not None:
-                pooled = both[:, x.shape[1] :]
-                merged: Tensor = self.act2(self.norm2(self.conv_pw(both)))
-                return self._with_residual(merged, x, pooled)
+            found = self._at_once(x)
+            if found is not None:
+                return found
         pooled = self.pool(x)
         if self.preact:
             # norm and act copies may work in place, so x is pooled first and kept out of their reach
@@ -156,23 +155,25 @@ class StemTail(nn.Module):
         else:
             left = self.act1(self.norm1(self.conv_dw(x)))
             out = self.act2(self.norm2(self.conv_pw(torch.cat((left, pooled), 1))))
-        return self._with_residual(out, x, pooled)
-
-    def _with_residual(self, out: Tensor, x: Tensor, pooled: Tensor) -> Tensor:
         if self.residual:
             out = out + (x if self.conv_dw.stride[0] == 1 else pooled)
         return out
 
     @torch.jit.unused
-    def _both(self, x: Tensor) -> Tensor | None:
-        """Both branches, concatenated, in one pass; None where they must be called one by one."""
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """Both branches, and what follows them, in one pass; None where they must be called one by one."""
         if not quick():
             return None
-        pool, *modules = _BRANCHES(self._modules)
-        return stem_branches(x, tuple(modules), pool, (3, pool.step, 1)) if _is_usual(pool) else None
+        pool, *modules = _IN_ORDER(self._modules)
+        if not _is_usual(pool):
+            return None
+        extra = Extra.NOTHING
+        if self.residual:
+            extra = Extra.INPUT if pool.step == 1 else Extra.MAXIMA
+        return stem_tail(x, tuple(modules[:3]), pool, (3, pool.step, 1), tuple(modules[3:]), extra)
 
 
-_BRANCHES = itemgetter("pool", "conv_dw", "norm1", "act1")
+_IN_ORDER = itemgetter("pool", "conv_dw", "norm1", "act1", "conv_pw", "norm2", "act2")
 
 
 class LastChannelNorm(nn.Module):

@@ -19,6 +19,7 @@ except ImportError:
 __all__ = [
     "CHANGED",
     "TABLE",
+    "Extra",
     "Merge",
     "extension",
     "max_pool",
@@ -27,6 +28,14 @@ __all__ = [
     "one_pass",
     "takes",
 ]
+
+
+class Extra(IntEnum):
+    """What is added to the result of a 1x1 convolution (as in `_depthwise.h`)."""
+
+    NOTHING = 0
+    INPUT = 1  # the map that is passed over
+    MAXIMA = 2
 
 
 class Merge(IntEnum):
@@ -51,7 +60,7 @@ def takes(x: torch.Tensor, kernel: int, stride: int) -> bool:
 def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """The maxima: (N, C, H, W) -> (N, C, h, w) in the same layout."""
     pooled = _result(x, kernel, stride, padding, x.dtype)
-    with _named("padfree::max_pool"):
+    with record_function("padfree::max_pool") if _profiled() else _UNNAMED:
         extension.max_pool(x.data_ptr(), pooled.data_ptr(), *_sizes(x), kernel, stride, padding, _threads(x.numel()))
     return pooled
 
@@ -73,12 +82,10 @@ def max_pool_backward(
     return out
 
 
-def _named(name: str) -> contextlib.AbstractContextManager[object]:
-    """For torch's profiler, where it is on: these are none of its operators."""
-    return record_function(name) if _profiled() else _UNNAMED
-
-
-_UNNAMED, _profiled = contextlib.nullcontext(), torch._C._autograd._profiler_enabled
+_UNNAMED, _profiled = (
+    contextlib.nullcontext(),
+    torch._C._autograd._profiler_enabled,
+)  # these are no operators of torch's
 
 
 def _result(x: torch.Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
@@ -105,6 +112,8 @@ def one_pass(
     pool: tuple[int, int, int],
     merge: Merge,
     joined: bool,
+    mixed: bool = False,
+    extra: Extra = Extra.NOTHING,
 ) -> Any:
     """A depthwise convolution, the norm and activation behind it and the max-pool beside it: one pass (`_onepass.c`).
 
@@ -119,11 +128,16 @@ def one_pass(
         pool: its stride, which is the convolution's too, its kernel and padding, pixels; kernel 0: there is none.
         merge: where the maxima are added; `BESIDE`, they are a result of their own.
         joined: both results are the halves of one map of 2C channels.
+        mixed: the 1x1 convolution that was read, its norm and activation follow; (N, C', h, w) is what they make.
+        extra: what is added to that.
     """
-    if type(x) is not torch.Tensor or not x.is_cpu:
+    if type(x) is not torch.Tensor:
         return None
-    with _named("padfree::depthwise"):
-        return extension.onepass(TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, _threads(x.numel()))
+    arguments = (TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, mixed, extra, _threads(x.numel()))
+    if not _profiled():
+        return extension.onepass(*arguments)
+    with record_function("padfree::depthwise"):
+        return extension.onepass(*arguments)
 
 
 CHANGED = False

@@ -22,7 +22,7 @@ from padfree.pooling import add_shortcut, shortcut_pool
 __all__ = ["QUICK", "quickened", "two_bodies"]
 
 QUICK = "padfree_onepass_quick"  # what `padfree.onepass.quick` is called in a generated forward
-BEHIND = 2  # calls behind a sum that may belong to it: a norm and an activation
+BEHIND = 6  # calls behind a sum that may belong to it: a norm and an activation, a 1x1 convolution with such of its own
 
 
 def quickened(graph: fx.Graph) -> fx.Graph | None:
@@ -46,7 +46,7 @@ def _merge(total: fx.Node) -> bool:
         node = node.args[0]
     if node is not source or not before or before[0].op != "call_module":
         return False
-    behind = _behind(total) if len(before) == 1 else []
+    behind = _behind(total)
     last = behind[-1] if behind else total
     graph = total.graph
     with graph.inserting_before(before[0]):

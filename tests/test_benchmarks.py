@@ -107,7 +107,9 @@ def test_the_pass_is_measured_beside_its_modules(layout: str) -> None:
         rows = [
             onepass.measure("a chain", layout, onepass.chain(x, 3, 0, (3, 0), "relu"), rounds=1),
             onepass.measure("a stem", layout, onepass.stem(x), rounds=1),
+            onepass.measure("a mix", layout, onepass.mix(x, 3, 0, 5), rounds=1),
         ]
-    assert all(set(row["microseconds"]) == {"chain", "modules", "pass"} for row in rows)
-    *_, last = onepass.table(rows, clock.machine()).splitlines()
-    assert last.startswith(f"| a stem | {layout} | ")
+    assert [list(row["microseconds"]) for row in rows] == [["chain", "modules", "pass"]] * 2 + [["apart", "together"]]
+    *_, heads, _, last = onepass.table(rows, clock.machine()).splitlines()
+    assert heads.endswith("| layout | apart | together | together / apart |")
+    assert last.startswith(f"| a mix | {layout} | ")
