@@ -6,6 +6,7 @@
 
 enum { BAND = 1 << 15, ITEM = 8 }; /* floats of a band of rows; rows of a channels_last map worked on as one item */
 enum { TILE = 1 << 15 };           /* floats of what a 1x1 convolution reads at once */
+enum { LED = 1 << 17 };            /* floats of rows of a channels_last map behind a norm and an activation of its own */
 
 static size at_most(size a, size b) { return a < b ? a : b; }
 
@@ -16,6 +17,7 @@ static size item_rows(const pass *p) {
     size most = at_most(p->last ? ITEM : band, p->rows);
     if (by_blocks(p)) return p->rows;
     if (p->outputs) most = at_most(most, at_most(TILE / (p->inputs * p->columns), p->rows * p->count / p->threads));
+    if (p->leads && p->last) most = at_most(most, (LED / (p->width * p->channels) - p->kernel) / p->stride + 1);
     return most < 1 ? 1 : most;
 }
 
@@ -43,7 +45,8 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     const size turned = blocks ? (p->height + 2 * p->padding) * wide * VECTOR : 0;
     const size framed = p->pool_padding ? turned : 0, made = blocks ? p->rows * p->columns * VECTOR : 0;
     const size tile = p->outputs ? p->inputs * tile_pitch(p, item_maps(p) * rows) + 2 * VECTOR : 0;
-    const size all = lines + 4 * line + pool + turned + framed + 2 * made + tile + 11 * VECTOR;
+    const size led = p->leads && !blocks ? lead_floats(p, rows) : 0;
+    const size all = lines + 4 * line + pool + turned + framed + 2 * made + tile + led + 12 * VECTOR;
     float *memory = malloc((size_t)all * sizeof(float)), *rest = memory;
     if (memory == NULL) return NULL;
     memset(memory, 0, (size_t)all * sizeof(float)); /* what is between numbers must be none that a processor is slow with */
@@ -58,6 +61,7 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     mine->result = carve(&rest, made);
     mine->pooled = carve(&rest, made);
     mine->tile = carve(&rest, tile);
+    mine->led = carve(&rest, led);
     pool_edges(mine->pool, pool_floats(p->width, edge, unit), edge, unit);
     for (size i = 0; i < framed; i++) mine->framed[i] = -INFINITY;
     for (size i = 0; blocks && i < p->height * p->width; i++)
@@ -79,6 +83,7 @@ FOR_EVERY_CPU
 static void weigh(pass *p) {
     const size area = p->kernel * p->kernel;
     int places[5 * 5];
+    weigh_ending(&p->lead, p->leads ? p->channels : 0);
     weigh_ending(&p->own, p->channels);
     weigh_ending(&p->mixed, p->outputs);
     if (p->columnwise != NULL) turn_matrix(p->mix, p->inputs, p->outputs, p->inputs, p->columnwise, columnwise_pitch(p));
@@ -141,10 +146,14 @@ static void work_and_mix(const pass *p, scratch *mine, size n, size maps, size r
 }
 
 static float *weights(pass *p) {
-    const size padded = p->channels + VECTOR, outputs = p->outputs ? p->outputs + 2 * VECTOR : 0;
+    const size padded = p->channels + VECTOR, outputs = p->outputs ? p->outputs + 2 * VECTOR : 0, lead = p->leads ? padded : 0;
     const size taps = padded * p->kernel * p->kernel, columnwise = p->last && !by_blocks(p) ? p->inputs * columnwise_pitch(p) : 0;
-    float *memory = calloc((size_t)(3 * padded + 3 * outputs + taps + columnwise + 8 * VECTOR), sizeof(float)), *rest = memory;
+    const size all = 3 * lead + 3 * padded + 3 * outputs + taps + columnwise + 11 * VECTOR;
+    float *memory = calloc((size_t)all, sizeof(float)), *rest = memory;
     if (memory == NULL) return NULL;
+    p->lead.scale = carve(&rest, lead);
+    p->lead.shift = carve(&rest, lead);
+    p->lead.added = carve(&rest, lead);
     p->own.scale = carve(&rest, padded);
     p->own.shift = carve(&rest, padded);
     p->own.added = carve(&rest, padded);

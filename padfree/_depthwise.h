@@ -21,14 +21,14 @@ typedef struct {
     size out_channels;              /* of the map that `out` and `pooled` lie in: more than `channels` in a concatenation */
     size inputs, outputs;           /* of the 1x1 convolution of the result; 0: there is none */
     int last, shared, merge, extra; /* last: channels_last; shared: the maxima of the convolution's own reads */
-    int threads;
+    int leads, threads;             /* leads: a norm or an activation comes before all the others */
     const float *in, *weight, *mix; /* mix: the weights of the 1x1 */
-    ending own, mixed;              /* what follows the depthwise convolution, and the 1x1 */
+    ending lead, own, mixed;        /* what comes first; what follows the depthwise convolution, and the 1x1 */
     float *out, *pooled, *taps, *columnwise; /* the weights tap by tap; those of the 1x1 input by input */
 } pass;
 
 typedef struct { /* one thread's memory */
-    float *lines, *sums, *maxima, *own, *done, *pool, *block, *framed, *result, *pooled, *tile;
+    float *lines, *sums, *maxima, *own, *done, *pool, *block, *framed, *result, *pooled, *tile, *led;
     int places[NARROW * TALL];
 } scratch;
 
@@ -166,6 +166,12 @@ INLINE size phase_floats(const pass *p, size rows) {
 int depthwise_fits(pass *p);       /* fills rows, columns and shared; 0 where the windows do not fit, or not together */
 int all_finite(const pass *p);     /* what a pass with padding needs of its weights */
 int depthwise(pass *p);            /* nonzero where memory was wanting */
+/* The input behind its norm and activation: the part that rows first ... last of a plane or of a map are made of, as if the
+ * rest lay around it; and of a block. */
+size lead_floats(const pass *p, size rows);
+const float *lead_plane(const pass *p, scratch *mine, size c, const float *from, size first, size last);
+const float *lead_last(const pass *p, scratch *mine, const float *map, size first, size last);
+void lead_block(const pass *p, scratch *mine, size from);
 /* Sixteen channels of one small map, to planes that are `pitch` apart or, where it is 0, to channels_last maps. */
 void block(const pass *p, scratch *mine, size n, size index, float *out, float *pooled, size pitch);
 /* Rows first ... last, of at most `rows`, of a plane, and of all channels of a channels_last map. */

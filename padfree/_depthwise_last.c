@@ -127,6 +127,7 @@ INLINE void row_last(const pass *p, const float *map, const float *other, scratc
 FOR_EVERY_CPU
 void rows_last(const pass *p, scratch *mine, size n, size first, size last, float *out, float *pooled) {
     const float *map = p->in + n * p->height * p->width * p->channels;
+    if (p->leads) map = lead_last(p, mine, map, first, last);
     for (size index = first; index < last; index++) {
         const size at = (index - first) * p->columns * p->out_channels;
         row_last(p, map, map, mine, index, out + at, pooled == NULL ? NULL : pooled + at);
@@ -162,6 +163,7 @@ void block(const pass *p, scratch *mine, size n, size index, float *out, float *
     float *const result = pitch ? mine->result : out, *const maxima = pitch && pooled != NULL ? mine->pooled : pooled;
     if (p->last) set_in(p, p->in + begin, mine->block);
     else turn(p->in + begin, planes, p->height * p->width, mine->places, mine->block);
+    if (p->leads) lead_block(p, mine, from);
     if (p->pool_padding) { /* the maxima of a frame of -inf */
         map = mine->framed;
         for (size y = p->padding; y < p->padding + p->height; y++)

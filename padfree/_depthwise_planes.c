@@ -40,9 +40,8 @@ INLINE void part(const float *restrict from, const float *end, float *restrict e
 }
 
 /* Lines of the map between columns of zeros, in order: what one writes past its end belongs to a later one. */
-INLINE void fill(const pass *p, const float *from, float *lines, size phase, size first, size count) {
+INLINE void fill(const pass *p, const float *from, const float *end, float *lines, size phase, size first, size count) {
     const size pitch = line_pitch(p), padding = p->padding, width = p->width, bytes = pitch * (size)sizeof(float);
-    const float *end = p->in + p->count * p->channels * p->height * width;
     for (size r = 0; r < count; r++) {
         const size y = first * p->stride + r - padding;
         const float *source = from + y * width;
@@ -81,8 +80,13 @@ FOR_EVERY_CPU
 void band(const pass *p, scratch *mine, size plane, size rows, size first, size last, float *out, float *pooled) {
     const size c = plane % p->channels, pitch = line_pitch(p), phase = phase_floats(p, rows);
     const size columns = p->columns, length = ((last - first - 1) * pitch + columns + VECTOR - 1) / VECTOR * VECTOR;
-    const float *from = p->in + plane * p->height * p->width, *weight = p->weight + c * p->kernel * p->kernel;
-    fill(p, from, mine->lines, phase, first, (last - first - 1) * p->stride + p->kernel);
+    const float *from = p->in + plane * p->height * p->width, *end = p->in + p->count * p->channels * p->height * p->width;
+    const float *weight = p->weight + c * p->kernel * p->kernel;
+    if (p->leads) {
+        from = lead_plane(p, mine, c, from, first, last);
+        end = mine->led + lead_floats(p, rows);
+    }
+    fill(p, from, end, mine->lines, phase, first, (last - first - 1) * p->stride + p->kernel);
     if (p->stride == 2) taps_strided(p, weight, mine->lines, phase, pitch, length, mine->sums, mine->maxima);
     else taps_dense(p, weight, mine->lines, pitch, length, mine->sums, mine->maxima);
     if (pooled != NULL && p->shared && !clouded(mine->sums, length))

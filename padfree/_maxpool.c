@@ -174,7 +174,7 @@ static PyMethodDef methods[] = {
     {"max_pool_backward", max_pool_backward, METH_VARARGS,
      "max_pool_backward(grad, taps, out, planes, ...): the gradient of the input, of the sizes that it had."},
     {"onepass", onepass, METH_VARARGS,
-     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, mixed, extra, threads):\n"
+     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, leads, mixed, extra, threads):\n"
      "the result, or both; None where it cannot be done here, False where the modules are not what was read any more."},
     {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {

@@ -51,6 +51,7 @@ def onepass(
     pool_padding: int,
     merge: int,
     joined: bool,
+    leads: bool,
     mixed: bool,
     extra: int,
     threads: int,

@@ -5,14 +5,14 @@
 
 enum { WEIGHT, BIAS, MEAN, VARIANCE, GAIN, OFFSET, TENSORS };
 
-typedef struct { /* a convolution and its norm, NULL where there is none; owned, while the map is worked on, as are their tensors */
+typedef struct { /* a convolution and its norm, or NULL; owned, while the map is worked on, as are their tensors */
     PyObject *conv, *norm, *tensors[TENSORS];
     const float *at[TENSORS];
 } layer;
 
 typedef struct {
     PyObject *table, *kinds;
-    layer own, mixed;
+    layer lead, own, mixed;
 } weights;
 
 static int is_one_of(PyObject *kinds, PyObject *tensor) {
@@ -41,14 +41,16 @@ static int take(const weights *all, layer *l, int which, PyObject *module, PyObj
 /* A convolution's tensors and its norm's, to where the pass looks for them. */
 static int take_layer(const weights *all, layer *l, const int64_t shape[4], const float **weight, ending *e) {
     const int64_t *channels = shape;
-    int found = take(all, l, WEIGHT, l->conv, name._parameters, name.weight, 4, shape) &&
+    int found = 1;
+    if (l->conv != NULL)
+        found = take(all, l, WEIGHT, l->conv, name._parameters, name.weight, 4, shape) &&
                 take(all, l, BIAS, l->conv, name._parameters, name.bias, 1, channels);
     if (l->norm != NULL)
         found = found && take(all, l, MEAN, l->norm, name._buffers, name.running_mean, 1, channels) &&
                 take(all, l, VARIANCE, l->norm, name._buffers, name.running_var, 1, channels) &&
                 take(all, l, GAIN, l->norm, name._parameters, name.weight, 1, channels) &&
                 take(all, l, OFFSET, l->norm, name._parameters, name.bias, 1, channels);
-    *weight = l->at[WEIGHT];
+    if (weight != NULL) *weight = l->at[WEIGHT];
     e->bias = l->at[BIAS];
     e->mean = l->at[MEAN];
     e->variance = l->at[VARIANCE];
@@ -59,7 +61,8 @@ static int take_layer(const weights *all, layer *l, const int64_t shape[4], cons
 
 static int take_all(weights *all, pass *p) {
     const int64_t window[] = {p->channels, 1, p->kernel, p->kernel}, matrix[] = {p->outputs, p->inputs, 1, 1};
-    return take_layer(all, &all->own, window, &p->weight, &p->own) &&
+    return (!p->leads || take_layer(all, &all->lead, window, NULL, &p->lead)) &&
+           take_layer(all, &all->own, window, &p->weight, &p->own) &&
            (p->outputs == 0 || take_layer(all, &all->mixed, matrix, &p->mix, &p->mixed));
 }
 
@@ -104,7 +107,7 @@ static int mixes(const pass *p, int joined) {
     const int two = p->pool && p->merge == BESIDE, same_channels = p->outputs == p->channels;
     if (p->outputs == 0) return p->extra == NO_EXTRA;
     if (two != joined) return 0;
-    if (p->extra == INPUT) return same_channels && p->rows == p->height && p->columns == p->width;
+    if (p->extra == INPUT) return same_channels && !p->leads && p->rows == p->height && p->columns == p->width;
     return p->extra == NO_EXTRA || (p->extra == MAXIMA && same_channels && two);
 }
 
@@ -135,11 +138,11 @@ static PyObject *referent(PyObject *ref) {
     return found;
 }
 
-/* The convolution of a watch and its norm, if there is one; 0 where one is gone. */
+/* The convolution of a watch and its norm, where there are such; 0 where one is gone. */
 static int find(layer *l, PyObject *conv, PyObject *norm) {
-    l->conv = referent(conv);
+    l->conv = conv == Py_None ? NULL : referent(conv);
     l->norm = norm == Py_None ? NULL : referent(norm);
-    return l->conv != NULL && (norm == Py_None) == (l->norm == NULL);
+    return (conv == Py_None) == (l->conv == NULL) && (norm == Py_None) == (l->norm == NULL);
 }
 
 static void let_go(layer *l) {
@@ -157,8 +160,8 @@ PyObject *onepass(PyObject *self, PyObject *args) {
     pass p = {.count = 0};
     size stride;
     int joined, mixed;
-    if (!PyArg_ParseTuple(args, "OO!O!OO!nnniiiii", &all.table, &PyTuple_Type, &all.kinds, &PyTuple_Type, &watch, &x,
-                          &PyTuple_Type, &modules, &stride, &p.pool, &p.pool_padding, &p.merge, &joined, &mixed, &p.extra,
+    if (!PyArg_ParseTuple(args, "OO!O!OO!nnniiiiii", &all.table, &PyTuple_Type, &all.kinds, &PyTuple_Type, &watch, &x,
+                          &PyTuple_Type, &modules, &stride, &p.pool, &p.pool_padding, &p.merge, &joined, &p.leads, &mixed, &p.extra,
                           &p.threads))
         return NULL;
     if (PyTuple_Size(watch) != WATCHED) {
@@ -182,7 +185,10 @@ PyObject *onepass(PyObject *self, PyObject *args) {
             there = p.outputs > 0 && read_ending(&p.mixed, PyTuple_GetItem(watch, MIX_NUMBERS));
         }
     }
+    if (there && p.leads)
+        there = find(&all.lead, Py_None, PyTuple_GetItem(watch, LEAD_NORM)) && read_ending(&p.lead, PyTuple_GetItem(watch, LEAD_NUMBERS));
     if (there) result = run(&all, x, stride, &p, joined);
+    let_go(&all.lead);
     let_go(&all.own);
     let_go(&all.mixed);
     if (result == NULL && !PyErr_Occurred()) Py_RETURN_NONE;

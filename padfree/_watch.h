@@ -4,7 +4,13 @@
 #include "_depthwise.h"
 
 /* A watch, as `padfree.chains` makes it of modules that it has read. */
-enum { MODULES, STATES, NAMES, FUNCTIONS, CONV, NORM, WINDOW, NUMBERS, MIX, MIX_NORM, MIX_OUTPUTS, MIX_NUMBERS, WATCHED };
+enum {
+    MODULES, STATES, NAMES, FUNCTIONS,
+    LEAD_NORM, LEAD_NUMBERS,
+    CONV, NORM, WINDOW, NUMBERS,
+    MIX, MIX_NORM, MIX_OUTPUTS, MIX_NUMBERS,
+    WATCHED
+};
 
 typedef struct { /* as DLPack lays it out (dlpack.h, DLTensor) */
     void *data;

@@ -76,18 +76,21 @@ class Chain:
     """A depthwise convolution at the beginning of a sequence of modules, and what was understood of what follows it.
 
     A 1x1 convolution of the sum, with the norm and the activation behind it, may be left to call or not: it `mixes`.
+    What is `ahead` of the convolution is understood from number `start` on.
     """
 
-    __slots__ = ("_after", "_behind", "_first", "_rest", "late", "mixes", "watch")
+    __slots__ = ("_after", "_behind", "_first", "_rest", "late", "mixes", "start", "watch")
 
-    def __init__(self, before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> None:
+    def __init__(self, before: Modules, behind: Modules, beside: tuple[nn.Module, ...], ahead: Modules) -> None:
         self._first = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
         states: dict[int, tuple[Any, ...]] = {}
         try:
             found = _read(before, behind, beside, states)
+            lead, self.start = _lead(ahead, states, found)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
             found = _nothing_read(before, behind)
-        self.watch = (refs(listed(before, behind, beside)), tuple(states.values()), *_WORLD, *found.read)
+            lead, self.start = _NO_LEAD, len(ahead)
+        self.watch = (refs(listed(before, behind, beside, ahead)), tuple(states.values()), *_WORLD, *lead, *found.read)
         self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
         self.mixes = found.after is not None
         self._rest, self._behind, self._after = refs(found.rest), refs(found.behind), refs(found.after or ())
@@ -114,25 +117,35 @@ def _forget(table: dict[int, Chain], key: int, gone: weakref.ref[nn.Module]) -> 
         del table[key]
 
 
-def read(before: Modules, behind: Modules = (), beside: tuple[nn.Module, ...] = (), *, again: bool = False) -> Chain:
+def read(
+    before: Modules,
+    behind: Modules = (),
+    beside: tuple[nn.Module, ...] = (),
+    ahead: Modules = (),
+    *,
+    again: bool = False,
+) -> Chain:
     """What these modules compute in eval mode; kept until it is read `again`.
 
     Args:
         before: called one after another, each on what the one before returned, up to a sum.
         behind: called on the sum.
         beside: called on what `before` is; nothing is read where they do more than their classes' forwards.
+        ahead: called before all others.
         again: the modules have changed since.
     """
     known = _KNOWN.get(id(before[0]))
     if known is None or again:
-        known = Chain(before, behind, beside)
+        known = Chain(before, behind, beside, ahead)
         _KNOWN[id(before[0])] = known
     return known
 
 
-def listed(before: Modules, behind: Modules, beside: tuple[nn.Module, ...]) -> tuple[object, ...]:
+def listed(
+    before: Modules, behind: Modules, beside: tuple[nn.Module, ...] = (), ahead: Modules = ()
+) -> tuple[object, ...]:
     """All of them, so that one can see which was where."""
-    return (*before, None, *behind, None, *beside)
+    return (*ahead, None, *before, None, *behind, None, *beside)
 
 
 class _Found(NamedTuple):
@@ -150,6 +163,7 @@ def _nothing_read(before: Modules, behind: Modules) -> _Found:
 
 
 _NO_MIX = (None, None, 0, ())
+_NO_LEAD = (None, ())
 _WORLD = F.__dict__, tuple(part for pair in _USUAL.items() for part in pair)
 
 
@@ -175,6 +189,19 @@ def _read(
     window = tuple(int(size) for size in (channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]))
     mix, after = (_NO_MIX, None) if rest else _mix(left, states, 2 * channels if beside else channels)
     return _Found((weakref.ref(conv), *_ending(norm, act, window), *mix), rest, late, left, after)
+
+
+def _lead(ahead: Modules, states: dict[int, tuple[Any, ...]], found: _Found) -> tuple[tuple[Any, ...], int]:
+    """A norm at the end of these and the activation behind it, and the number of the first that is part of it."""
+    for start in range(len(ahead) if found.read[0] is not None else 0):
+        looked_at: dict[int, tuple[Any, ...]] = {}
+        parts = _Parts(ahead[start:], looked_at)
+        norm, act = _norm_and_act(parts, found.read[2][0])
+        if norm is not None and not parts.left():  # what an activation alone works on in place, others may read
+            states |= looked_at
+            statistics, _, numbers = _ending(norm, act, None)
+            return (statistics, numbers), start
+    return _NO_LEAD, len(ahead)
 
 
 def _ending(norm: Any, act: Activation, sizes: Any) -> tuple[Any, ...]:

@@ -112,6 +112,7 @@ def one_pass(
     pool: tuple[int, int, int],
     merge: Merge,
     joined: bool,
+    leads: bool = False,
     mixed: bool = False,
     extra: Extra = Extra.NOTHING,
 ) -> Any:
@@ -128,12 +129,13 @@ def one_pass(
         pool: its stride, which is the convolution's too, its kernel and padding, pixels; kernel 0: there is none.
         merge: where the maxima are added; `BESIDE`, they are a result of their own.
         joined: both results are the halves of one map of 2C channels.
+        leads: the norm and the activation ahead come first.
         mixed: the 1x1 convolution that was read, its norm and activation follow; (N, C', h, w) is what they make.
         extra: what is added to that.
     """
     if type(x) is not torch.Tensor:
         return None
-    arguments = (TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, mixed, extra, _threads(x.numel()))
+    arguments = (TABLE, _PLAIN, watch, x, modules, *pool, merge, joined, leads, mixed, extra, _threads(x.numel()))
     if not _profiled():
         return extension.onepass(*arguments)
     with record_function("padfree::depthwise"):

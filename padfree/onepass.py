@@ -9,6 +9,7 @@ called one after another, and `padfree.pooling`. The pass takes as much of a cha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,33 +31,38 @@ def quick() -> bool:
         return _plainly_computing()
 
 
-def downsample(x: torch.Tensor, kernel: int, padding: int, before: Modules, behind: Modules = ()) -> torch.Tensor:
-    """`behind(before(x) + pool(x))`: (N, C, H, W) -> (N, C, h, w), a strided conv's chain and its max-pool shortcut.
+def downsample(
+    x: torch.Tensor, kernel: int, padding: int, before: Modules, behind: Modules = (), ahead: Modules = ()
+) -> torch.Tensor:
+    """`behind(before(y) + pool(y))`, `y` being `ahead(x)`: (N, C, H, W) -> (N, C, h, w), a strided chain and its pool.
 
     For who has asked `quick` before, as generated forwards do.
 
     Args:
-        x: what the strided convolution reads.
+        x: what `ahead` reads, or the strided convolution where there is none.
         kernel: the pool's, pixels; its stride is 2.
         padding: the pool's, pixels.
         before: the convolution and what follows it, up to the sum.
         behind: what follows the sum (ShuffleNetV2's norm; a 1x1 convolution, its norm and activation).
+        ahead: what comes before the convolution (the norm and the activation of an expansion).
     """
-    chain, found, mixed = _passed(x, before, behind, (2, kernel, padding))
+    passed = _passed(x, before, behind, (2, kernel, padding), ahead=ahead)
+    found, chain = passed.found, passed.chain
     if isinstance(found, tuple):
         found = add_shortcut(_called(chain.rest, found[0]), found[1])
     if found is not None:
-        return _called(chain.after if mixed else chain.behind, found)
-    pooled = shortcut_pool(x, kernel, padding)
-    return _called(behind, add_shortcut(_called(before, x), pooled))
+        return _called(chain.after if passed.mixed else chain.behind, found)
+    y = _called(passed.ahead, passed.x)
+    pooled = shortcut_pool(y, kernel, padding)
+    return _called(behind, add_shortcut(_called(before, y), pooled))
 
 
 def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
     """`modules(x)`: a strided depthwise convolution and what follows it, without a pool."""
     if quick():
-        chain, found, _ = _passed(x, modules, (), (2, 0, 0))
-        if isinstance(found, torch.Tensor):
-            return _called(chain.rest, found)
+        passed = _passed(x, modules, (), (2, 0, 0))
+        if isinstance(passed.found, torch.Tensor):
+            return _called(passed.chain.rest, passed.found)
     return _called(modules, x)
 
 
@@ -81,12 +87,13 @@ def stem_tail(
         extra: the residual that is added in the end.
     """
     kernel, stride, padding = window
-    chain, found, mixed = _passed(x, before, behind, (stride, kernel, padding), (pool,), extra)
+    passed = _passed(x, before, behind, (stride, kernel, padding), (pool,), extra)
+    found = passed.found
     if not isinstance(found, torch.Tensor):
         return None
-    if mixed:
-        return _called(chain.after, found)
-    out = _called(chain.behind, found)
+    if passed.mixed:
+        return _called(passed.chain.after, found)
+    out = _called(passed.chain.behind, found)
     if extra is not Extra.NOTHING:
         out = out + (x if extra is Extra.INPUT else found[:, x.shape[1] :])
     return out
@@ -104,6 +111,14 @@ def _plainly_computing() -> bool:
     )
 
 
+class _Passed(NamedTuple):
+    found: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None  # None: the pass could not be run
+    mixed: bool  # whether the 1x1 convolution was in it
+    chain: Chain
+    x: torch.Tensor  # what the rest of the modules ahead are to be called on, where it could not
+    ahead: Modules
+
+
 def _passed(
     x: torch.Tensor,
     before: Modules,
@@ -111,24 +126,31 @@ def _passed(
     pool: tuple[int, int, int],
     beside: tuple[nn.Module, ...] = (),
     extra: Extra = Extra.NOTHING,
-) -> tuple[Chain, torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None, bool]:
-    """What was read of the modules, what the pass over this map gives, if it can be run, and whether it mixed channels.
+    ahead: Modules = (),
+) -> _Passed:
+    """What the pass over this map gives, if it can be run, and what was read of the modules.
 
     Two maps, yet to be added, where modules are left to call before the sum; with a module `beside` them, whose result
     shall be joined to theirs, one map of both, and None where modules are left. With a 1x1 convolution in it the pass
     gives one map, to which the residual has been added.
     """
-    modules, joined = listed(before, behind, beside), bool(beside)
+    modules, joined = listed(before, behind, beside, ahead), bool(beside)
+    done = 0
     for again in (False, True):
-        chain = read(before, behind, beside, again=again)
+        chain = read(before, behind, beside, ahead, again=again)
+        # Modules ahead that are no part of the pass are called. Where it shows afterwards that something has changed
+        # since it was read, so are all others: they have their turn.
+        start = len(ahead) if done else chain.start
+        x, done = _called(ahead[done:start], x), start
         mixed = chain.mixes and not (extra and chain.after)
         merge = Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION
         if joined or not pool[1] or chain.rest:
             merge = Merge.NOTHING if joined and chain.rest else Merge.BESIDE
-        found = native.one_pass(chain.watch, x, modules, pool, merge, joined, mixed, extra if mixed else Extra.NOTHING)
+        added = extra if mixed else Extra.NOTHING
+        found = native.one_pass(chain.watch, x, modules, pool, merge, joined, done < len(ahead), mixed, added)
         if found is not native.CHANGED:
-            return chain, found, mixed
-    return chain, None, False
+            return _Passed(found, mixed, chain, x, ahead[done:])
+    return _Passed(None, False, chain, x, ahead[done:])
 
 
 def _called(modules: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> torch.Tensor:

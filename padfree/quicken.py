@@ -22,6 +22,7 @@ from padfree.pooling import add_shortcut, shortcut_pool
 __all__ = ["QUICK", "quickened", "two_bodies"]
 
 QUICK = "padfree_onepass_quick"  # what `padfree.onepass.quick` is called in a generated forward
+AHEAD = 2  # calls ahead of the convolution that may belong to it: the norm and the activation of an expansion
 BEHIND = 6  # calls behind a sum that may belong to it: a norm and an activation, a 1x1 convolution with such of its own
 
 
@@ -46,18 +47,21 @@ def _merge(total: fx.Node) -> bool:
         node = node.args[0]
     if node is not source or not before or before[0].op != "call_module":
         return False
-    behind = _behind(total)
+    behind, ahead = _behind(total), _ahead(source, pool, before[0])
+    if ahead:
+        source = ahead[0].args[0]
     last = behind[-1] if behind else total
     graph = total.graph
     with graph.inserting_before(before[0]):
         modules = [
-            tuple(_function(link) or graph.get_attr(str(link.target)) for link in links) for links in (before, behind)
+            tuple(_function(link) or graph.get_attr(str(link.target)) for link in links)
+            for links in (before, behind, ahead)
         ]
         if len(window) < 2:
             window += (3, 0)[len(window) :]
         merged = graph.call_function(downsample, (source, *window, *modules))
     last.replace_all_uses_with(merged)
-    for old in (*reversed(behind), total, pool, *reversed(before)):
+    for old in (*reversed(behind), total, pool, *reversed(before), *reversed(ahead)):
         graph.erase_node(old)
     return True
 
@@ -79,10 +83,22 @@ def _private(node: fx.Node) -> bool:
 
 
 def _behind(total: fx.Node) -> list[fx.Node]:
+    """The calls that follow at once, each on the one before."""
     found, node = list[fx.Node](), total
-    while len(found) < BEHIND and _private(node) and _is_link(next(iter(node.users))):
-        node = next(iter(node.users))
+    while len(found) < BEHIND and set(node.users) == {node.next} and _is_link(node.next):
+        node = node.next
         found.append(node)
+    return found
+
+
+def _ahead(source: object, pool: fx.Node, conv: fx.Node) -> list[fx.Node]:
+    """The calls that make, one right after another, a value which only these two read, right behind them."""
+    found, node, readers = list[fx.Node](), source, {pool, conv}
+    while len(found) < AHEAD and isinstance(node, fx.Node) and _is_link(node) and set(node.users) == readers:
+        if node.next not in readers or (not found and node.next.next not in readers):
+            break
+        found.insert(0, node)
+        readers, node = {node}, node.args[0]
     return found
 
 

@@ -86,8 +86,8 @@ def passes():
     """Each run of the pass, by where it adds the maxima."""
     usual, seen = native.one_pass, []
 
-    def one_pass(watch, x, modules, pool, merge, joined, mixed, extra):
-        found = usual(watch, x, modules, pool, merge, joined, mixed, extra)
+    def one_pass(watch, x, modules, pool, merge, joined, leads, mixed, extra):
+        found = usual(watch, x, modules, pool, merge, joined, leads, mixed, extra)
         if found is not None and found is not native.CHANGED:
             seen.append("MIXED" if mixed else merge.name)
         return found

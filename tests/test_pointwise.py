@@ -249,7 +249,7 @@ def test_the_extension_adds_nothing_of_another_size():
     x = torch.randn(1, 8, 9, 10)
 
     def passed(extra, merge="AFTER_ACTIVATION", joined=False):
-        return native.one_pass(watch, x, modules, (1, 3, 1), native.Merge[merge], joined, True, extra)
+        return native.one_pass(watch, x, modules, (1, 3, 1), native.Merge[merge], joined, False, True, extra)
 
     with torch.no_grad():
         assert passed(Extra.NOTHING).shape == (1, 6, 9, 10)
