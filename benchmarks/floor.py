@@ -4,9 +4,10 @@
 
 `convs` runs nothing but a network's own convolutions, on the maps they get, in turns with the original's: what is left
 if pooling, adding, concatenating, norms and activations cost nothing. `free` runs the whole network, but each pass of a
-strided chain (depthwise convolution, norm, activation, pool, sum; both branches of the stem) returns at once with a map
-of the right shape; `copy` lets it copy as many bytes as it must read and write. No code for these layers brings a ratio
-of `benchmarks.latency` below `free`. `modules` calls the chain's modules one by one, as training does. For `--graphs`,
+strided chain (depthwise convolution, norm, activation, pool, sum, the norm and activation ahead and the 1x1 convolution
+behind where they are part of it; a stem's tail) returns at once with a map of the right shape; `copy` lets it copy as
+many bytes as it must read and write. No code for these layers brings a ratio of `benchmarks.latency` below `free`.
+`modules` calls the chain's modules one by one, as training does. For `--graphs`,
 ONNX Runtime and `torch.compile`, `free` is the network written or compiled without its new pools and sums. The last
 table times one 1x1 convolution on the even map of the original and the odd map that follows.
 """

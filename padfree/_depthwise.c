@@ -1,6 +1,7 @@
 /* A depthwise convolution of a float32 map, the norm and activation behind it and the max-pool beside it, in one pass:
  * first the sums of the convolution and the maxima of the pool, then scale, shift, activation and the sum of both, all of
- * it while a piece of the input lies in the first caches.
+ * it while a piece of the input lies in the first caches. A norm and an activation may come first (`_depthwise_lead.c`),
+ * a 1x1 convolution of the result last (`_pointwise.c`).
  */
 #include "_depthwise.h"
 

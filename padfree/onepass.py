@@ -1,6 +1,7 @@
 """A depthwise convolution, its norm and activation, the max-pool beside it and their sum in one pass over the map.
 
-Four or five operations of torch's read and write the map anew. Where the C extension is there and somebody plainly
+So are a norm and an activation ahead of it and a 1x1 convolution behind the sum, and the whole tail of a stem. Each of
+these operations of torch's reads and writes the map anew. Where the C extension is there and somebody plainly
 computes (float32 on a CPU, eval mode, no gradient, no hook on the modules concerned, nobody tracing), one function of
 it takes their place (`_depthwise.c`); its results differ from theirs by rounding. Everybody else gets the modules,
 called one after another, and `padfree.pooling`. The pass takes as much of a chain as it understands (`padfree.chains`).

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import fx
 
-from padfree.chains import Functional
 from padfree.onepass import downsample
 from padfree.pooling import add_shortcut, shortcut_pool
+from padfree.understood import Functional
 
 __all__ = ["QUICK", "quickened", "two_bodies"]
 
