@@ -6,8 +6,8 @@ Each chain that the networks have is run in turns, in both layouts, one thread: 
 its norm and its activation alone, as in the network before the conversion but without padding; `modules` adds the pool
 and the sum (in a stem tail the concatenation, the 1x1 convolution and what follows it); `pass` does all of it in one
 function. The second table is of 1x1 convolutions behind such a sum, with a norm and an activation: `apart` calls them
-after the pass, `together` in it. It shows from how many inputs on that does not pay (`padfree.chains.WIDEST`). Both
-tables give microseconds.
+after the pass, `together` in it. It shows from how many inputs and weights on that does not pay (`WIDEST` and `LARGEST`
+of `padfree.chains`). Both tables give microseconds.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ MIXES = [
     ((32, 116, 15, 15), 3, 0, 116),
     ((32, 232, 7, 7), 3, 0, 232),
     ((32, 576, 7, 7), 3, 0, 160),
+    ((32, 384, 14, 14), 3, 0, 384),
+    ((32, 512, 14, 14), 3, 0, 512),
 ]
 
 
@@ -101,12 +103,12 @@ def mix(x: torch.Tensor, kernel: int, padding: int, outputs: int) -> dict[str, A
     conv = nn.Conv2d(channels, channels, kernel, 2, padding, groups=channels, bias=False)
     chain = nn.Sequential(conv, nn.BatchNorm2d(channels)).eval()
     behind = nn.Sequential(nn.Conv2d(channels, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()).eval()
-    ways, widest = {}, chains.WIDEST
-    for way, chains.WIDEST in (("apart", 0), ("together", channels)):
+    ways, usual = {}, (chains.WIDEST, chains.LARGEST)
+    for way, chains.WIDEST, chains.LARGEST in (("apart", 0, 0), ("together", channels, channels * outputs)):
         before, after = (tuple(copy.deepcopy(each)) for each in (chain, behind))
         ways[way] = lambda before=before, after=after: onepass.downsample(x, 3, 0, before, after)
         ways[way]()  # the modules are read
-    chains.WIDEST = widest
+    chains.WIDEST, chains.LARGEST = usual
     return ways
 
 

@@ -102,11 +102,13 @@ failed:
     return NULL;
 }
 
+enum { LONGEST = 1 << 18 }; /* floats of a row of what a 1x1 convolution reads: more would not stay in the caches */
+
 /* Whether a 1x1 convolution, if there is one, reads what the pass makes, and what is added to it has its size. */
 static int mixes(const pass *p, int joined) {
     const int two = p->pool && p->merge == BESIDE, same_channels = p->outputs == p->channels;
     if (p->outputs == 0) return p->extra == NO_EXTRA;
-    if (two != joined) return 0;
+    if (two != joined || p->inputs * p->columns > LONGEST) return 0;
     if (p->extra == INPUT) return same_channels && !p->leads && p->rows == p->height && p->columns == p->width;
     return p->extra == NO_EXTRA || (p->extra == MAXIMA && same_channels && two);
 }

@@ -28,7 +28,8 @@ from padfree.watch import is_bare, refs, state
 
 __all__ = ["Chain", "Modules", "listed", "read"]
 
-WIDEST = 512  # inputs of a 1x1 convolution that is part of the pass: the library multiplies larger matrices faster
+# Inputs and weights of a 1x1 convolution that is part of the pass: the library multiplies larger matrices faster.
+WIDEST, LARGEST = 512, 1 << 17
 
 _KNOWN: dict[int, Chain] = {}
 
@@ -174,7 +175,8 @@ def _mix(modules: Modules, states: dict[int, tuple[Any, ...]], inputs: int) -> t
     """A 1x1 convolution of so many channels at the front, with what follows it, and what is left to call."""
     parts = Parts(modules, states)
     conv = after_nothing(parts)
-    if not is_pointwise(conv) or conv.in_channels != inputs or inputs > WIDEST:
+    small = is_pointwise(conv) and inputs <= WIDEST and inputs * conv.out_channels <= LARGEST
+    if not small or conv.in_channels != inputs:
         return _NO_MIX, None
     parts.take()
     outputs = int(conv.out_channels)

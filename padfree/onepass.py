@@ -94,10 +94,10 @@ def stem_tail(
         return None
     if passed.mixed:
         return _called(passed.chain.after, found)
+    # Its other half is what is left to call's, which may work on it in place.
+    residual = found[:, x.shape[1] :].clone() if extra is Extra.MAXIMA else x
     out = _called(passed.chain.behind, found)
-    if extra is not Extra.NOTHING:
-        out = out + (x if extra is Extra.INPUT else found[:, x.shape[1] :])
-    return out
+    return out if extra is Extra.NOTHING else out + residual
 
 
 def _plainly_computing() -> bool:

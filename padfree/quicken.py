@@ -45,7 +45,7 @@ def _merge(total: fx.Node) -> bool:
     while isinstance(node, fx.Node) and node is not source and _is_link(node) and _private(node):
         before.insert(0, node)
         node = node.args[0]
-    if node is not source or not before or before[0].op != "call_module":
+    if node is not source or not before or before[0].op != "call_module" or not _at_once({pool, *before}, total):
         return False
     behind, ahead = _behind(total), _ahead(source, pool, before[0])
     if ahead:
@@ -63,6 +63,16 @@ def _merge(total: fx.Node) -> bool:
     last.replace_all_uses_with(merged)
     for old in (*reversed(behind), total, pool, *reversed(before), *reversed(ahead)):
         graph.erase_node(old)
+    return True
+
+
+def _at_once(calls: set[fx.Node], total: fx.Node) -> bool:
+    """Whether these are what runs right before the sum: one call in their place moves no other."""
+    node = total.prev
+    while calls:
+        if node not in calls and node.op != "get_attr":
+            return False
+        calls, node = calls - {node}, node.prev
     return True
 
 
@@ -95,6 +105,8 @@ def _ahead(source: object, pool: fx.Node, conv: fx.Node) -> list[fx.Node]:
     """The calls that make, one right after another, a value which only these two read, right behind them."""
     found, node, readers = list[fx.Node](), source, {pool, conv}
     while len(found) < AHEAD and isinstance(node, fx.Node) and _is_link(node) and set(node.users) == readers:
+        if node.kwargs.get("inplace"):  # others may read what it works on
+            break
         if node.next not in readers or (not found and node.next.next not in readers):
             break
         found.insert(0, node)

@@ -1,6 +1,7 @@
 """The norm and the activation ahead of a strided chain in the one pass: what an expansion ends in."""
 
 import contextlib
+import copy
 import subprocess
 import sys
 
@@ -219,6 +220,71 @@ class OtherCallsInBetween(Expanding):
         y = self.ahead(x)
         z = self.expand(x).mean((2, 3), keepdim=True)
         return Unit.forward(self, y) + z
+
+
+class Preactivated(Unit):
+    """Its first activation works in place on what its caller may read again."""
+
+    def forward(self, x):
+        return self.bn(self.conv(F.relu(x, inplace=True)))
+
+
+class InPlaceOfAView(Expanding):
+    def forward(self, x):
+        normed = self.bn0(self.expand(x))
+        activated = F.relu(normed.view_as(normed), inplace=True)
+        return Unit.forward(self, activated) + normed.mean((2, 3), keepdim=True)
+
+
+class Count(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Counting(Unit):
+    def __init__(self):
+        super().__init__()
+        self.count = Count()
+
+
+class CountingBehind(Counting):
+    def forward(self, x):
+        y = self.conv(x)
+        gate = self.count(x.mean((2, 3), keepdim=True))
+        return self.count(self.act(self.bn(y))) + gate
+
+
+class CountingBefore(Counting):
+    def forward(self, x):
+        y = self.conv(x)
+        gate = self.count(x.mean((2, 3), keepdim=True))
+        return self.count(self.bn(y)) + gate
+
+
+class ReadsItsInputAgain(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 3, padding=1), block
+
+    def forward(self, x):
+        h = self.stem(x)
+        return self.block(h).mean((2, 3)) + h.mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Preactivated, InPlaceOfAView, CountingBehind, CountingBefore])
+def test_the_order_of_calls_and_what_works_in_place_stay(kind):
+    torch.manual_seed(0)
+    model = padfree.convert(ReadsItsInputAgain(kind()).eval(), input_size=(3, 16, 16)).eval()
+    again, x = copy.deepcopy(model), torch.randn(1, 3, 17, 17)
+    with torch.no_grad():
+        found = model(x)
+        with modules_only():
+            assert_close(found, again(x), **FAR)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

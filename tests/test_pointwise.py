@@ -177,8 +177,31 @@ def test_other_convolutions_are_called(kind):
     assert seen == ["AFTER_ACTIVATION"]
 
 
-def test_wide_matrices_are_the_librarys(monkeypatch):
-    monkeypatch.setattr(chains, "WIDEST", 7)
+def test_a_pre_hook_that_works_in_place_leaves_the_residual_alone():
+    stem = tail(8, stride=2, residual=True)
+    stem.conv_pw.register_forward_pre_hook(lambda module, inputs: inputs[0].mul_(2))
+    x = torch.randn(2, 8, 15, 16)
+    with torch.no_grad(), passes() as seen:
+        found = stem(x)
+    assert seen == ["BESIDE"]
+    with torch.no_grad(), modules_only():
+        assert_close(found, stem(x), **FAR)
+
+
+def test_rows_that_are_too_long_are_the_modules():
+    before, behind = chain(4, 3, 2, 0), mixing(4, 2)
+    x = torch.randn(1, 4, 3, 2 * (1 << 16) + 1)
+    with torch.no_grad(), passes() as seen:
+        onepass.downsample(x, 3, 0, tuple(before), tuple(behind))
+        longer = torch.cat((x, x), 3)
+        found = onepass.downsample(longer, 3, 0, tuple(before), tuple(behind))
+        assert_close(found, behind(before(longer) + F.max_pool2d(longer, 3, 2)), **FAR)
+    assert seen == ["MIXED"]
+
+
+@pytest.mark.parametrize(("name", "limit"), [("WIDEST", 7), ("LARGEST", 47)])
+def test_wide_matrices_are_the_librarys(name, limit, monkeypatch):
+    monkeypatch.setattr(chains, name, limit)
     before, behind = chain(8, 3, 2, 0), mixing(8, 6)
     x = torch.randn(2, 8, 15, 16)
     with torch.no_grad(), passes() as seen:
