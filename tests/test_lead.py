@@ -1,8 +1,6 @@
 """The norm and the activation ahead of a strided chain in the one pass: what an expansion ends in."""
 
-import contextlib
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -16,29 +14,17 @@ from torch.testing import assert_close
 
 import padfree
 from padfree import chains, native, onepass
+from tests.guarded import run_alone
 from tests.strangers import Net, Unit
-from tests.test_onepass import LAYOUTS, built, chain, modules_only, some_map
+from tests.test_onepass import LAYOUTS, built, chain, modules_only, passes, some_map
 from tests.test_pointwise import FAR, mixing, threads
 
 pytestmark = built
 
 
-@contextlib.contextmanager
 def leads():
     """Whether the norm ahead was part of it, for each run of the pass."""
-    usual, seen = native.one_pass, []
-
-    def one_pass(watch, x, modules, pool, merge, joined, leads, mixed, extra):
-        found = usual(watch, x, modules, pool, merge, joined, leads, mixed, extra)
-        if found is not None and found is not native.CHANGED:
-            seen.append(leads)
-        return found
-
-    native.one_pass = one_pass
-    try:
-        yield seen
-    finally:
-        native.one_pass = usual
+    return passes(lambda merge, leads, mixed: leads)
 
 
 def expansion(channels, act="relu", seed=0):
@@ -83,18 +69,13 @@ def test_any_map(shape, window, ending, layout, act, seed, count):
 def test_the_pass_stays_inside_its_map():
     """The map ends at, or begins after, a page that must not be touched; a step outside kills the process."""
     script = """
-import ctypes, itertools, mmap
+import itertools
 import torch
 from padfree import onepass
+from tests.guarded import memories
 from tests.test_lead import expansion
 from tests.test_onepass import chain, modules_only
-page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-area = mmap.mmap(-1, size + 2 * page)
-base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-for guard in (base, base + page + size):
-    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
-memory, count = torch.frombuffer(memoryview(area)[page : page + size], dtype=torch.float32), 0
+[memory], count = memories(1), 0
 windows = [(3, 0, 3, 0), (5, 1, 3, 0), (5, 2, 5, 2), (3, 0, 5, 1)]
 for channels, window, end, side, last in itertools.product((3, 16, 18), windows, (0, 1), (7, 19), (0, 1)):
     kernel, padding, pool, pool_padding = window
@@ -112,9 +93,7 @@ for channels, window, end, side, last in itertools.product((3, 16, 18), windows,
     count += 1
 print(count)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert int(run.stdout) == 96
+    assert run_alone(script) == 96
 
 
 class Doubled(nn.ReLU):

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import math
 import pickle
-import subprocess
 import sys
 import threading
 import weakref
@@ -27,6 +26,7 @@ from padfree import chains, native, onepass
 from padfree.layers import DepthwiseReduction, StemTail
 from padfree.norms import children_behind
 from padfree.pooling import max_pool
+from tests.guarded import run_alone
 from tests.strangers import Net, Unit
 
 CLOSE = {"rtol": 1e-5, "atol": 3e-5, "equal_nan": True}
@@ -82,14 +82,14 @@ def some_map(shape, layout, seed=0, spoilt=0.0):
 
 
 @contextlib.contextmanager
-def passes():
-    """Each run of the pass, by where it adds the maxima."""
+def passes(told=lambda merge, leads, mixed: "MIXED" if mixed else merge.name):
+    """What is told of each run of the pass: where it adds the maxima."""
     usual, seen = native.one_pass, []
 
     def one_pass(watch, x, modules, pool, merge, joined, leads, mixed, extra):
         found = usual(watch, x, modules, pool, merge, joined, leads, mixed, extra)
         if found is not None and found is not native.CHANGED:
-            seen.append("MIXED" if mixed else merge.name)
+            seen.append(told(merge, leads, mixed))
         return found
 
     native.one_pass = one_pass
@@ -197,17 +197,11 @@ def test_silu_of_any_number(layout):
 def test_the_pass_stays_inside_its_maps():
     """Maps end at, and begin after, a page that must not be touched; a step outside kills the process."""
     script = """
-import ctypes, itertools, math, mmap
+import itertools, math
 import torch
+from tests.guarded import memories
 from tests.test_onepass import WINDOWS, by_hand, chain, one_pass
-page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-area = mmap.mmap(-1, 2 * size + 3 * page)
-base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-for guard in (base, base + page + size, base + 2 * page + 2 * size):
-    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
-whole = memoryview(area)
-first, second = (torch.frombuffer(whole[at : at + size], dtype=torch.float32) for at in (page, 2 * page + size))
+first, second = memories(2)
 def place(memory, shape, last, end):
     n, c, h, w = shape
     begin = memory.numel() - n * c * h * w if end else 0
@@ -235,9 +229,7 @@ for shape, window, last in itertools.product(shapes, WINDOWS, (0, 1)):
         count += 1
 print(count)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert int(run.stdout) == 4 * len(WINDOWS) * 2 * 2
+    assert run_alone(script) == 4 * len(WINDOWS) * 2 * 2
 
 
 @pytest.mark.parametrize(

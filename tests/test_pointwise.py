@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +16,7 @@ import padfree
 from padfree import chains, native, onepass
 from padfree.layers import StemTail
 from padfree.native import Extra
+from tests.guarded import run_alone
 from tests.strangers import Net, Unit
 from tests.test_onepass import ACTS, CHANGES, LAYOUTS, built, chain, modules_only, passes, seeded, some_map
 
@@ -113,17 +113,11 @@ def test_any_map_in_a_stem(shape, stride, residual, layout, act, seed, count):
 def test_the_pass_stays_inside_its_maps():
     """The result ends at, or begins after, a page that must not be touched; a step outside kills the process."""
     script = """
-import ctypes, itertools, math, mmap
+import itertools, math
 import torch
+from tests.guarded import memories
 from tests.test_pointwise import modules_only, tail
-page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-area = mmap.mmap(-1, 2 * size + 3 * page)
-base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-for guard in (base, base + page + size, base + 2 * page + 2 * size):
-    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
-whole = memoryview(area)
-first, second = (torch.frombuffer(whole[at : at + size], dtype=torch.float32) for at in (page, 2 * page + size))
+first, second = memories(2)
 def place(memory, shape, strides):
     count = math.prod(shape)
     begin = memory.numel() - count if end else 0
@@ -149,9 +143,7 @@ for channels, stride, residual, end, side, last in itertools.product(
     count += 1
 print(count)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert int(run.stdout) == 96
+    assert run_alone(script) == 96
 
 
 NOT_MIXED = {

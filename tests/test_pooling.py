@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from padfree import native, pooling, pooling_training
 from padfree.pooling import max_pool, shortcut_pool
+from tests.guarded import run_alone
 
 EXACT = {"rtol": 0, "atol": 0, "equal_nan": True}
 WINDOWS = [(3, 2, 0), (5, 2, 1), (7, 2, 2), (3, 1, 1), (3, 2, 1), (2, 2, 0), (4, 3, 1)]
@@ -423,17 +424,12 @@ def test_the_extension_on_any_map(shape, window, layout, seed):
 def test_the_extension_stays_inside_its_maps():
     """Every map ends at, and then begins after, a page that must not be touched; a step outside kills the process."""
     script = """
-import ctypes, itertools, mmap
+import itertools
 import torch
 import torch.nn.functional as F
 from padfree import native
-page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-area = mmap.mmap(-1, size + 2 * page)
-base = ctypes.addressof(ctypes.c_char.from_buffer(area))
-for guard in (base, base + page + size):
-    assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
-inside = torch.frombuffer(memoryview(area)[page : page + size], dtype=torch.float32)
+from tests.guarded import memories
+[inside] = memories(1)
 windows = [(3, 2, 0), (3, 1, 1), (3, 2, 1), (5, 2, 1), (5, 1, 2)]
 count = 0
 for n, c, h, w in itertools.product((1, 2), (1, 3, 16), (5, 6, 9), (5, 7, 16, 17, 33)):
@@ -454,9 +450,7 @@ for n, c, h, w in itertools.product((1, 2), (1, 3, 16), (5, 6, 9), (5, 7, 16, 17
                 count += 1
 print(count)
 """
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert int(run.stdout) == 1800
+    assert run_alone(script) == 1800
 
 
 @built
