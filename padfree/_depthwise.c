@@ -9,8 +9,6 @@ enum { BAND = 1 << 15, ITEM = 8 }; /* floats of a band of rows; rows of a channe
 enum { TILE = 1 << 15 };           /* floats of what a 1x1 convolution reads at once */
 enum { LED = 1 << 17 };            /* floats of rows of a channels_last map behind a norm and an activation of its own */
 
-static size at_most(size a, size b) { return a < b ? a : b; }
-
 /* Rows of an item of work: a few (channels_last), or as many as a band has; with a 1x1 convolution no more than a tile has,
  * or than leave each thread its share. */
 static size item_rows(const pass *p) {
@@ -122,13 +120,20 @@ static float *place(const pass *p, float *map, size n, size c, size row) {
                           : ((n * p->out_channels + c) * p->rows + row) * p->columns);
 }
 
-/* One part of map n's rows first ... last, of at most `rows`, to its place. */
-static void work(const pass *p, scratch *mine, size n, size part, size rows, size first, size last) {
-    const size c = by_blocks(p) ? first_channel(p, part) : part;
-    float *out = place(p, p->out, n, c, first), *pooled = place(p, p->pooled, n, c, first);
-    if (by_blocks(p)) block(p, mine, n, part, out, pooled, p->last ? 0 : p->rows * p->columns);
+/* One part of map n's rows first ... last, of at most `rows`, to planes that are `pitch` apart, or to pixels. */
+static void work(const pass *p, scratch *mine, size n, size part, size rows, size first, size last, float *out, float *pooled,
+                 size pitch) {
+    if (by_blocks(p)) block(p, mine, n, part, out, pooled, pitch);
     else if (p->last) rows_last(p, mine, n, first, last, out, pooled);
-    else band(p, mine, n * p->channels + c, rows, first, last, out, pooled);
+    else band(p, mine, n * p->channels + part, rows, first, last, out, pooled);
+}
+
+static size first_of(const pass *p, size part) { return by_blocks(p) ? first_channel(p, part) : part; }
+
+/* The same to its place. */
+static void work_in_place(const pass *p, scratch *mine, size n, size part, size rows, size first, size last) {
+    const size c = first_of(p, part), pitch = p->last ? 0 : p->rows * p->columns;
+    work(p, mine, n, part, rows, first, last, place(p, p->out, n, c, first), place(p, p->pooled, n, c, first), pitch);
 }
 
 /* All parts of these rows of `maps` maps, to the tile, and from there to their place. */
@@ -137,11 +142,8 @@ static void work_and_mix(const pass *p, scratch *mine, size n, size maps, size r
     const size step = by_blocks(p) || !p->last ? pitch : 1, both = p->inputs > p->channels;
     for (size m = 0; m < maps; m++)
         for (size part = 0; part < parts(p); part++) {
-            const size c = by_blocks(p) ? first_channel(p, part) : part;
-            float *out = mine->tile + c * step + m * pixels, *pooled = both ? out + p->channels * step : NULL;
-            if (by_blocks(p)) block(p, mine, n + m, part, out, pooled, pitch);
-            else if (p->last) rows_last(p, mine, n, first, last, out, pooled);
-            else band(p, mine, n * p->channels + c, rows, first, last, out, pooled);
+            float *out = mine->tile + first_of(p, part) * step + m * pixels, *pooled = both ? out + p->channels * step : NULL;
+            work(p, mine, n + m, part, rows, first, last, out, pooled, pitch);
         }
     mix(p, mine, n, maps, first, last);
 }
@@ -187,7 +189,7 @@ int depthwise(pass *p) {
             const size n = item / each / apart * maps, first = item % each * rows, last = at_most(first + rows, p->rows);
             if (own == NULL) continue;
             if (p->outputs) work_and_mix(p, &mine, n, at_most(maps, p->count - n), rows, first, last);
-            else work(p, &mine, n, item / each % apart, rows, first, last);
+            else work_in_place(p, &mine, n, item / each % apart, rows, first, last);
         }
         free(own);
     }

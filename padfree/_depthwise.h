@@ -115,6 +115,8 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
         else FINISH(A, B, C, clamp(v, low, high));                                                                     \
     } while (0)
 
+INLINE size at_most(size a, size b) { return a < b ? a : b; }
+
 /* Whether a NaN may be missing among the maxima of the same windows: then it is among the sums. */
 INLINE int clouded(const float *restrict sum, size length) {
     int found = 0;

@@ -8,7 +8,6 @@ enum { MATRIX = 8 * VECTOR }; /* floats of a piece of the result: 4 rows of two 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 #define UNROLLED _Pragma("GCC unroll 8")
 
-INLINE size lesser(size a, size b) { return a < b ? a : b; }
 INLINE size whole_vectors(size floats) { return (floats + VECTOR - 1) / VECTOR * VECTOR; }
 
 size tile_pitch(const pass *p, size rows) {
@@ -23,7 +22,7 @@ size columnwise_pitch(const pass *p) { return whole_vectors(p->outputs); }
         const float *at[R];                                                                                            \
         vec s[R][V];                                                                                                   \
         UNROLLED for (int r = 0; r < R; r++) {                                                                         \
-            at[r] = a + lesser(r, rows - 1) * row;                                                                     \
+            at[r] = a + at_most(r, rows - 1) * row;                                                                     \
             UNROLLED for (int v = 0; v < V; v++) s[r][v] = (vec){0};                                                   \
         }                                                                                                              \
         for (size k = 0; k < depth; k++, b += pitch) {                                                                 \
@@ -46,8 +45,8 @@ typedef struct { /* a piece of the result, and of what it is made of */
 INLINE void multiply(piece *q, const float *a, size row, size rows, const float *b, size pitch, size columns, size depth) {
     const int narrow = columns <= VECTOR;
     q->wide = narrow ? VECTOR : 2 * VECTOR;
-    q->rows = lesser(rows, MATRIX / q->wide);
-    q->columns = lesser(columns, q->wide);
+    q->rows = at_most(rows, MATRIX / q->wide);
+    q->columns = at_most(columns, q->wide);
     if (narrow) product_narrow(a, row, q->rows, b, pitch, depth, q->sums);
     else product_wide(a, row, q->rows, b, pitch, depth, q->sums);
 }
@@ -95,7 +94,7 @@ typedef struct {
 } stretch;
 
 INLINE stretch next(size t, size left, size each) {
-    const stretch s = {lesser(left, each - t % each), t / each, t % each};
+    const stretch s = {at_most(left, each - t % each), t / each, t % each};
     return s;
 }
 

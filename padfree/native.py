@@ -82,10 +82,8 @@ def max_pool_backward(
     return out
 
 
-_UNNAMED, _profiled = (
-    contextlib.nullcontext(),
-    torch._C._autograd._profiler_enabled,
-)  # these are no operators of torch's
+_profiled = torch._C._autograd._profiler_enabled  # it is told their names: these are no operators of torch's
+_UNNAMED = contextlib.nullcontext()
 
 
 def _result(x: torch.Tensor, kernel: int, stride: int, padding: int, dtype: torch.dtype) -> torch.Tensor:
