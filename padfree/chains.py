@@ -24,9 +24,11 @@ from padfree.understood import (
     is_pointwise,
     norm_and_act,
 )
-from padfree.watch import is_bare, refs, state
+from padfree.watch import has_usual, is_bare, refs, state
 
-__all__ = ["Chain", "Modules", "listed", "read"]
+__all__ = ["CHAIN", "Chain", "Modules", "has_joining", "listed", "read"]
+
+CHAIN = "padfree_chain"  # of a generated class whose forward is one chain and its pool: what the chain is made of
 
 # Inputs and weights of a 1x1 convolution that is part of the pass: the library multiplies larger matrices faster.
 WIDEST, LARGEST = 512, 1 << 17
@@ -38,24 +40,45 @@ class Chain:
     """A depthwise convolution at the beginning of a sequence of modules, and what was understood of what follows it.
 
     A 1x1 convolution of the sum, with the norm and the activation behind it, may be left to call or not: it `mixes`.
-    What is `ahead` of the convolution is understood from number `start` on.
+    What is `ahead` of the convolution is understood from number `start` on; or from somewhere inside a Sequential on,
+    which is `parted` then: into what is to be called `first`, and what has been understood.
     """
 
-    __slots__ = ("_after", "_behind", "_first", "_rest", "late", "mixes", "start", "watch")
+    __slots__ = ("_after", "_behind", "_conv", "_first", "_led", "_rest", "late", "mixes", "parted", "start", "watch")
 
-    def __init__(self, before: Modules, behind: Modules, beside: tuple[nn.Module, ...], ahead: Modules) -> None:
-        self._first = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
+    def __init__(
+        self,
+        before: Modules,
+        behind: Modules,
+        beside: tuple[nn.Module, ...],
+        ahead: Modules,
+        block: nn.Module | None,
+    ) -> None:
+        self._conv = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
         states: dict[int, tuple[Any, ...]] = {}
         try:
-            found = _read(before, behind, beside, states)
-            lead, self.start = _lead(ahead, states, found)
+            found = _read(before, behind, beside, states, block)
+            lead = _lead(ahead, states, found)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
-            found = _nothing_read(before, behind)
-            lead, self.start = _NO_LEAD, len(ahead)
-        self.watch = (refs(listed(before, behind, beside, ahead)), tuple(states.values()), *_WORLD, *lead, *found.read)
+            found, lead = _nothing_read(before, behind), _Lead(_NO_LEAD, ahead, ())
+        modules = listed(before, behind, beside, ahead, block)
+        self.watch = (refs(modules), tuple(states.values()), *_WORLD, *lead.read, *found.read)
         self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
         self.mixes = found.after is not None
+        self.start = len(lead.first)
+        self.parted = any(a is not b for a, b in zip(lead.first, ahead, strict=False)) or self.start > len(ahead)
+        self._first, self._led = (refs(lead.first), refs(lead.led)) if self.parted else ((), ())
         self._rest, self._behind, self._after = refs(found.rest), refs(found.behind), refs(found.after or ())
+
+    @property
+    def first(self) -> Modules:
+        """Parted: what is to be called before the pass."""
+        return tuple([ref() for ref in self._first])
+
+    @property
+    def led(self) -> Modules:
+        """Parted: what the pass begins with."""
+        return tuple([ref() for ref in self._led])
 
     @property
     def rest(self) -> Modules:
@@ -73,9 +96,22 @@ class Chain:
         return tuple([ref() for ref in self._after]) if self._after else ()
 
 
+def has_joining(container: nn.Module, block: nn.Module) -> bool:
+    """Whether a plain Sequential calls, right before or behind this child, what a pass could begin or end with."""
+    if not has_usual(nn.Sequential, container):
+        return False
+    children = [child for child in container._modules.values() if child is not None]
+    at = next(index for index, child in enumerate(children) if child is block)
+    before, behind = (_flat(tuple(some), {}) for some in (children[max(0, at - 1) : at], children[at + 1 : at + 2]))
+    norm = any(isinstance(module, nn.BatchNorm2d) for module in before[-2:])
+    follower = behind[0] if behind else None
+    mixes = isinstance(follower, nn.Conv2d) and set(follower.kernel_size) == {1} and follower.groups == 1
+    return norm or mixes or isinstance(follower, nn.BatchNorm2d)
+
+
 def _forget(table: dict[int, Chain], key: int, gone: weakref.ref[nn.Module]) -> None:
     known = table.get(key)
-    if known is not None and known._first is gone:
+    if known is not None and known._conv is gone:
         del table[key]
 
 
@@ -84,6 +120,7 @@ def read(
     behind: Modules = (),
     beside: tuple[nn.Module, ...] = (),
     ahead: Modules = (),
+    block: nn.Module | None = None,
     *,
     again: bool = False,
 ) -> Chain:
@@ -94,20 +131,25 @@ def read(
         behind: called on the sum.
         beside: called on what `before` is; nothing is read where they do more than their classes' forwards.
         ahead: called before all others.
+        block: whose forward, a generated one, would call `before`; nothing is read where calling it does more.
         again: the modules have changed since.
     """
     known = _KNOWN.get(id(before[0]))
     if known is None or again:
-        known = Chain(before, behind, beside, ahead)
+        known = Chain(before, behind, beside, ahead, block)
         _KNOWN[id(before[0])] = known
     return known
 
 
 def listed(
-    before: Modules, behind: Modules, beside: tuple[nn.Module, ...] = (), ahead: Modules = ()
+    before: Modules,
+    behind: Modules,
+    beside: tuple[nn.Module, ...] = (),
+    ahead: Modules = (),
+    block: nn.Module | None = None,
 ) -> tuple[object, ...]:
     """All of them, so that one can see which was where."""
-    return (*ahead, None, *before, None, *behind, None, *beside)
+    return (*ahead, None, *before, None, *behind, None, *beside, None, block)
 
 
 class _Found(NamedTuple):
@@ -130,14 +172,19 @@ _WORLD = F.__dict__, tuple(part for pair in USUAL.items() for part in pair)
 
 
 def _read(
-    before: Modules, behind: Modules, beside: tuple[nn.Module, ...], states: dict[int, tuple[Any, ...]]
+    before: Modules,
+    behind: Modules,
+    beside: tuple[nn.Module, ...],
+    states: dict[int, tuple[Any, ...]],
+    block: nn.Module | None,
 ) -> _Found:
-    for module in beside:
+    around = beside if block is None else (*beside, block)
+    for module in around:
         states[id(module)] = state(module)
     parts = Parts(before, states)
     conv = parts.first()
     patched = any(getattr(F, name, None) is not usual for name, usual in USUAL.items())
-    if patched or not (is_depthwise(conv) and all(is_bare(module) for module in beside)):
+    if patched or not (is_depthwise(conv) and all(is_bare(module) for module in around) and _is_generated(block)):
         return _nothing_read(before, behind)
     parts.take()
     channels = int(conv.in_channels)
@@ -153,17 +200,43 @@ def _read(
     return _Found((weakref.ref(conv), *_ending(norm, act, window), *mix), rest, late, left, after)
 
 
-def _lead(ahead: Modules, states: dict[int, tuple[Any, ...]], found: _Found) -> tuple[tuple[Any, ...], int]:
-    """A norm at the end of these and the activation behind it, and the number of the first that is part of it."""
-    for start in range(len(ahead) if found.read[0] is not None else 0):
+def _is_generated(block: nn.Module | None) -> bool:
+    """Whether its class runs the forward that was generated together with its chain."""
+    members = {} if block is None else vars(type(block))
+    forward, chain = members.get("forward"), members.get(CHAIN)
+    return block is None or getattr(forward, "__globals__", None) is getattr(chain, "__globals__", members)
+
+
+class _Lead(NamedTuple):
+    read: tuple[Any, ...]  # a reference to the norm; activation, eps
+    first: Modules  # what is to be called before
+    led: Modules
+
+
+def _lead(ahead: Modules, states: dict[int, tuple[Any, ...]], found: _Found) -> _Lead:
+    """A norm at the end of these and the activation behind it, and what comes before them."""
+    flat = _flat(ahead, states) if found.read[0] is not None else ()
+    for start in range(len(flat)):
         looked_at: dict[int, tuple[Any, ...]] = {}
-        parts = Parts(ahead[start:], looked_at)
+        parts = Parts(flat[start:], looked_at)
         norm, act = norm_and_act(parts, found.read[2][0])
         if norm is not None and not parts.left():  # what an activation alone works on in place, others may read
             states |= looked_at
             statistics, _, numbers = _ending(norm, act, None)
-            return (statistics, numbers), start
-    return _NO_LEAD, len(ahead)
+            return _Lead((statistics, numbers), flat[:start], flat[start:])
+    return _Lead(_NO_LEAD, ahead, ())
+
+
+def _flat(modules: Modules, states: dict[int, tuple[Any, ...]]) -> Modules:
+    """The same calls, with Sequentials taken apart."""
+    found: list[Any] = []
+    for module in modules:
+        if has_usual(nn.Sequential, module) and is_bare(module):  # type: ignore[arg-type]
+            states[id(module)] = state(module)  # type: ignore[arg-type]
+            found += _flat(tuple(module._modules.values()), states)  # type: ignore[union-attr, arg-type]
+        else:
+            found.append(module)
+    return tuple(found)
 
 
 def _ending(norm: Any, act: Activation, sizes: Any) -> tuple[Any, ...]:

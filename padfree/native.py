@@ -22,6 +22,7 @@ __all__ = [
     "Extra",
     "Merge",
     "extension",
+    "has_changed",
     "max_pool",
     "max_pool_backward",
     "max_pool_taps",
@@ -138,6 +139,12 @@ def one_pass(
         return extension.onepass(*arguments)
     with record_function("padfree::depthwise"):
         return extension.onepass(*arguments)
+
+
+def has_changed(watch: tuple[object, ...], x: torch.Tensor, modules: tuple[object, ...]) -> bool:
+    """Whether the modules are not what was read any more; nothing is done."""
+    arguments = (TABLE, _PLAIN, watch, x, modules, 2, 0, 0, Merge.NOTHING, False, False, False, Extra.NOTHING, 1)
+    return extension.onepass(*arguments) is CHANGED
 
 
 CHANGED = False

@@ -17,11 +17,13 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from padfree import native
-from padfree.chains import Chain, Modules, listed, read
+from padfree.chains import CHAIN, Chain, Modules, listed, read
 from padfree.native import Extra, Merge
 from padfree.pooling import add_shortcut, shortcut_pool, watched
 
-__all__ = ["downsample", "quick", "reduce", "stem_tail"]
+__all__ = ["downsample", "quick", "reduce", "sequence", "stem_tail"]
+
+BESIDE_A_BLOCK = 3  # children of a Sequential behind such a block that may be part of its pass: a norm, an SE, a 1x1
 
 
 def quick() -> bool:
@@ -48,14 +50,41 @@ def downsample(
         ahead: what comes before the convolution (the norm and the activation of an expansion).
     """
     passed = _passed(x, before, behind, (2, kernel, padding), ahead=ahead)
-    found, chain = passed.found, passed.chain
-    if isinstance(found, tuple):
-        found = add_shortcut(_called(chain.rest, found[0]), found[1])
+    found = _completed(passed)
     if found is not None:
-        return _called(chain.after if passed.mixed else chain.behind, found)
+        return found
     y = _called(passed.ahead, passed.x)
     pooled = shortcut_pool(y, kernel, padding)
     return _called(behind, add_shortcut(_called(before, y), pooled))
+
+
+def sequence(container: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """What a Sequential's forward returns, with the neighbours of a rewritten block in the block's pass.
+
+    For who has asked `quick` before. An expansion in a container of its own, as torchvision's, ends in a norm and an
+    activation that the strided chain may begin with, and a 1x1 convolution may follow.
+
+    Args:
+        container: children of it are blocks whose forward is a strided chain and its pool (`padfree.quicken`).
+        x: its input.
+    """
+    modules = tuple(container._modules.values())
+    blocks = [index for index, module in enumerate(modules) if CHAIN in vars(type(module))]
+    done = 0
+    for block, following in zip(blocks, [*blocks[1:], len(modules) + 1], strict=False):
+        start, end = max(done, block - 1), max(block + 1, min(block + 1 + BESIDE_A_BLOCK, following - 1))
+        x = _called(modules[done:start], x)
+        x = _along(x, modules[start:block], modules[block], modules[block + 1 : end])
+        done = end
+    return _called(modules[done:], x)
+
+
+def _along(x: torch.Tensor, ahead: Modules, block: nn.Module, after: Modules) -> torch.Tensor:
+    """`after(block(ahead(x)))`."""
+    kernel, padding, before, behind = vars(type(block))[CHAIN](block)
+    passed = _passed(x, before, (*behind, *after), (2, kernel, padding), ahead=ahead, block=block)
+    found = _completed(passed)
+    return _called((block, *after), _called(passed.ahead, passed.x)) if found is None else found
 
 
 def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
@@ -120,6 +149,14 @@ class _Passed(NamedTuple):
     ahead: Modules
 
 
+def _completed(passed: _Passed) -> torch.Tensor | None:
+    """The result, once the modules that are no part of the pass have been called; None where it could not be run."""
+    found, chain = passed.found, passed.chain
+    if isinstance(found, tuple):
+        found = add_shortcut(_called(chain.rest, found[0]), found[1])
+    return None if found is None else _called(chain.after if passed.mixed else chain.behind, found)
+
+
 def _passed(
     x: torch.Tensor,
     before: Modules,
@@ -128,30 +165,40 @@ def _passed(
     beside: tuple[nn.Module, ...] = (),
     extra: Extra = Extra.NOTHING,
     ahead: Modules = (),
+    block: nn.Module | None = None,
 ) -> _Passed:
     """What the pass over this map gives, if it can be run, and what was read of the modules.
 
     Two maps, yet to be added, where modules are left to call before the sum; with a module `beside` them, whose result
     shall be joined to theirs, one map of both, and None where modules are left. With a 1x1 convolution in it the pass
-    gives one map, to which the residual has been added.
+    gives one map, to which the residual has been added. A `block` is who would call `before` and the pool.
     """
-    modules, joined = listed(before, behind, beside, ahead), bool(beside)
-    done = 0
+    modules, joined = listed(before, behind, beside, ahead, block), bool(beside)
+    begun, led = False, ahead
     for again in (False, True):
-        chain = read(before, behind, beside, ahead, again=again)
+        chain = read(before, behind, beside, ahead, block, again=again)
         # Modules ahead that are no part of the pass are called. Where it shows afterwards that something has changed
         # since it was read, so are all others: they have their turn.
-        start = len(ahead) if done else chain.start
-        x, done = _called(ahead[done:start], x), start
+        if begun:
+            first, led = led, ()
+        elif not chain.parted:
+            first, led = ahead[: chain.start], ahead[chain.start :]
+        elif again or not native.has_changed(
+            chain.watch, x, modules
+        ):  # containers are passed by: nobody else would see a hook
+            first, led = chain.first, chain.led
+        else:
+            continue
+        x, begun = _called(first, x), bool(first)
         mixed = chain.mixes and not (extra and chain.after)
         merge = Merge.BEFORE_NORM if chain.late else Merge.AFTER_ACTIVATION
         if joined or not pool[1] or chain.rest:
             merge = Merge.NOTHING if joined and chain.rest else Merge.BESIDE
         added = extra if mixed else Extra.NOTHING
-        found = native.one_pass(chain.watch, x, modules, pool, merge, joined, done < len(ahead), mixed, added)
+        found = native.one_pass(chain.watch, x, modules, pool, merge, joined, bool(led), mixed, added)
         if found is not native.CHANGED:
-            return _Passed(found, mixed, chain, x, ahead[done:])
-    return _Passed(None, False, chain, x, ahead[done:])
+            return _Passed(found, mixed, chain, x, led)
+    return _Passed(None, False, chain, x, led)
 
 
 def _called(modules: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> torch.Tensor:

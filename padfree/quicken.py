@@ -5,6 +5,9 @@
 
 `padfree.onepass.downsample` computes the same, in one pass over the map where it can. Training, tracers, compilers and
 TorchScript, which cannot hand modules to a function, run the first body.
+
+A block that is nothing but such a chain also says what it is made of, for `padfree.onepass.sequence`: a Sequential
+that holds it (`IN_SEQUENCE`) lets its neighbours take part.
 """
 
 from __future__ import annotations
@@ -15,13 +18,23 @@ from typing import Any
 
 from torch import fx
 
+from padfree.chains import CHAIN
 from padfree.onepass import downsample
 from padfree.pooling import add_shortcut, shortcut_pool
 from padfree.understood import Functional
 
-__all__ = ["QUICK", "quickened", "two_bodies"]
+__all__ = ["IN_SEQUENCE", "QUICK", "chain_of", "named_chain", "quickened", "two_bodies"]
 
 QUICK = "padfree_onepass_quick"  # what `padfree.onepass.quick` is called in a generated forward
+IN_SEQUENCE = f"""\
+def forward(self, input):
+    if torch.jit.is_scripting() or not {QUICK}():
+        for module in self:
+            input = module(input)
+    else:
+        input = padfree_onepass_sequence(self, input)
+    return input
+"""
 AHEAD = 2  # calls ahead of the convolution that may belong to it: the norm and the activation of an expansion
 BEHIND = 6  # calls behind a sum that may belong to it: a norm and an activation, a 1x1 convolution with such of its own
 
@@ -112,6 +125,29 @@ def _ahead(source: object, pool: fx.Node, conv: fx.Node) -> list[fx.Node]:
         found.insert(0, node)
         readers, node = {node}, node.args[0]
     return found
+
+
+def chain_of(graph: fx.Graph) -> fx.Graph | None:
+    """What a quickened graph's only call is given, as the result of a graph without inputs; None where it does more."""
+    calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(calls) != 1 or len(inputs) != 1 or calls[0].target is not downsample:
+        return None
+    source, kernel, padding, before, behind, ahead = calls[0].args
+    (result,) = graph.output_node().args
+    if source is not inputs[0] or result is not calls[0] or ahead:
+        return None
+    made, table = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            table[node] = made.node_copy(node)
+    made.output(fx.map_arg((kernel, padding, before, behind), table.__getitem__))
+    return made
+
+
+def named_chain(source: str) -> str:
+    """The `def forward` of such a graph, under its own name."""
+    return source.replace("def forward(", f"def {CHAIN}(", 1)
 
 
 def two_bodies(plain: str, quick: str) -> str:

@@ -19,8 +19,9 @@ import torch
 from torch import fx, nn
 
 from padfree import onepass
+from padfree.chains import CHAIN
 from padfree.errors import LockedStateError, PadfreeError, Refusal
-from padfree.quicken import QUICK, quickened, two_bodies
+from padfree.quicken import IN_SEQUENCE, QUICK, chain_of, named_chain, quickened, two_bodies
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
 Locked = tuple[tuple[str, Any], ...]
@@ -42,7 +43,24 @@ def graph_source(graph: fx.Graph) -> tuple[str, Names]:
         both = {"torch": torch, QUICK: onepass.quick, **found, **others}
         if all(both[name] is value for name, value in (*found.items(), *others.items())):
             source, found = two_bodies(source, faster), both
-    return source, tuple(_name(name, value) for name, value in sorted(found.items()))
+            chain = chain_of(quick)
+            if chain is not None:
+                source += "\n" + named_chain(_written(chain)[0])
+    return source, _names(found)
+
+
+def sequence_source() -> tuple[str, Names]:
+    """The same for a Sequential whose children next to a chain take part in its pass."""
+    return IN_SEQUENCE, _names({"torch": torch, QUICK: onepass.quick, "padfree_onepass_sequence": onepass.sequence})
+
+
+def is_chain(source: str) -> bool:
+    """Whether a block with this source is a strided chain and nothing besides."""
+    return f"def {CHAIN}(" in source
+
+
+def _names(found: dict[str, Any]) -> Names:
+    return tuple(_name(name, value) for name, value in sorted(found.items()))
 
 
 def _written(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
@@ -123,10 +141,10 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         "__reduce_ex__": _reduce,
     }
     if source:
-        members["forward"] = _compile(base, source, names)
+        members |= _compile(base, source, names)
         if locked:
             members["__setattr__"] = _locking_setattr(base, dict(locked))
-        if issubclass(base, nn.Sequential):
+        if issubclass(base, nn.Sequential) and source != IN_SEQUENCE:  # which runs whatever children there are
             members |= _sequential_members(base)
     for name in FUSERS:
         if callable(getattr(base, name, None)):
@@ -152,15 +170,17 @@ def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Mo
 _count = itertools.count()  # of generated sources, so that no two share a file name
 
 
-def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
+def _compile(base: type[nn.Module], source: str, names: Names) -> dict[str, Any]:
+    """The functions that the source defines, by name."""
     filename = f"<padfree {base.__module__}.{base.__qualname__} {next(_count)}>"
     namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
     namespace["__name__"] = base.__module__
     exec(compile(source, filename, "exec"), namespace)  # our own text, from a graph
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    forward = namespace["forward"]
-    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
-    return forward
+    made = {name: namespace[name] for name in ("forward", CHAIN) if name in namespace}
+    for name, function in made.items():
+        function.__module__, function.__qualname__ = base.__module__, f"{base.__qualname__}.{name}"
+    return made
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

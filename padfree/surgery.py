@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from padfree.chains import has_joining
 from padfree.errors import Refusal
 from padfree.kinds import AVG_POOLS, data_input
 from padfree.leaves import plain_forward
 from padfree.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
 from padfree.pooling import add_shortcut, shortcut_pool
 from padfree.record import Call
-from padfree.reforward import FUSERS, NEW, graph_source, original_class
+from padfree.reforward import FUSERS, NEW, graph_source, is_chain, original_class, sequence_source
 from padfree.site import Conv
 from padfree.sites import Sites
 from padfree.specs import Spec
@@ -274,8 +275,20 @@ class Surgeon:
             source, names = graph_source(graph)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             found.append(Reforward(path, source, names, edit.traced.locked))
+        found += self._around(found)
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
         return tuple(found)
+
+    def _around(self, operations: Iterable[Operation]) -> list[Operation]:
+        """Sequentials whose children next to a block that is one chain can take part in the chain's pass."""
+        made = {op.path: op for op in operations if isinstance(op, Reforward)}
+        modules = self._recording.modules
+        parents = {
+            path.rpartition(".")[0]
+            for path, op in made.items()
+            if is_chain(op.source) and has_joining(modules[path.rpartition(".")[0]], modules[path])
+        }
+        return [Reforward(path, *sequence_source(), ()) for path in sorted(parents - made.keys() - {""})]
 
     def _seals(self, rewritten: set[str]) -> list[Operation]:
         """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""

@@ -111,23 +111,21 @@ class ParCPair(nn.Module):
         return torch.cat([self.vertical(top), self.horizontal(bottom)], 1)
 
 
-class Unit(nn.Module):
-    """Expand 1x1, mix spatially, project 1x1; a residual where shape and stride allow.
+class Unit(nn.Sequential):
+    """Expand 1x1, mix spatially, project 1x1.
 
     (N, in, H, W) -> (N, out, ceil(H / stride), ceil(W / stride)).
 
     Args:
         channels_in: input channels.
         channels_out: output channels.
-        stride: 1 or 2.
         expansion: expanded channels are `channels_in * expansion`; at 1 there is no expanding conv.
-        mixer: the spatial operation on the expanded channels.
+        mixer: the spatial operation on the expanded channels, with the unit's stride.
     """
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int, expansion: int, mixer: nn.Module) -> None:
+    def __init__(self, channels_in: int, channels_out: int, expansion: int, mixer: nn.Module) -> None:
         super().__init__()
         wide = channels_in * expansion
-        self.residual = stride == 1 and channels_in == channels_out
         self.expand = nn.Sequential()
         if expansion != 1:
             self.expand = nn.Sequential(
@@ -136,10 +134,14 @@ class Unit(nn.Module):
         self.mix = nn.Sequential(mixer, nn.BatchNorm2d(wide), nn.ReLU6(inplace=True))
         self.project = nn.Sequential(nn.Conv2d(wide, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the unit."""
-        out: Tensor = self.project(self.mix(self.expand(x)))
-        return x + out if self.residual else out
+
+class ResidualUnit(Unit):
+    """The same with a residual, where shape and stride allow: (N, C, H, W) -> (N, C, H, W)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the unit and add its input."""
+        out: Tensor = self.project(self.mix(self.expand(input)))
+        return input + out
 
 
 class ParCMobileNetV2(nn.Module):
@@ -204,7 +206,8 @@ def _row(row: Row, channels: int, stride: int, side: int) -> nn.Sequential:
             mixer = nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)
         else:
             mixer = ParCPair(wide, side, position=index == row.plain)
-        units.append(Unit(channels, row.channels, stride, row.expansion, mixer))
+        kind = ResidualUnit if stride == 1 and channels == row.channels else Unit
+        units.append(kind(channels, row.channels, row.expansion, mixer))
         channels = row.channels
     return units
 
