@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from padfree.understood import (
 )
 from padfree.watch import has_usual, is_bare, refs, state
 
-__all__ = ["CHAIN", "Chain", "Modules", "has_joining", "listed", "read"]
+__all__ = ["CHAIN", "Chain", "Modules", "has_joining", "is_reduction", "listed", "read"]
 
 CHAIN = "padfree_chain"  # of a generated class whose forward is one chain and its pool: what the chain is made of
 
@@ -53,11 +54,12 @@ class Chain:
         beside: tuple[nn.Module, ...],
         ahead: Modules,
         block: nn.Module | None,
+        summed: bool,
     ) -> None:
         self._conv = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
         states: dict[int, tuple[Any, ...]] = {}
         try:
-            found = _read(before, behind, beside, states, block)
+            found = _read(before, behind, beside, states, block, summed)
             lead = _lead(ahead, states, found)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
             found, lead = _nothing_read(before, behind), _Lead(_NO_LEAD, ahead, ())
@@ -96,6 +98,12 @@ class Chain:
         return tuple([ref() for ref in self._after]) if self._after else ()
 
 
+def is_reduction(module: object) -> bool:
+    """Whether a Sequential begins with a strided depthwise convolution."""
+    first: Sequence[Any] = _flat((module,), {})[:1] if isinstance(module, nn.Sequential) else ()
+    return any(is_depthwise(conv) and conv.stride == (2, 2) for conv in first)
+
+
 def has_joining(container: nn.Module, block: nn.Module) -> bool:
     """Whether a plain Sequential calls, right before or behind this child, what a pass could begin or end with."""
     if not has_usual(nn.Sequential, container):
@@ -121,6 +129,7 @@ def read(
     beside: tuple[nn.Module, ...] = (),
     ahead: Modules = (),
     block: nn.Module | None = None,
+    summed: bool = True,
     *,
     again: bool = False,
 ) -> Chain:
@@ -132,11 +141,12 @@ def read(
         beside: called on what `before` is; nothing is read where they do more than their classes' forwards.
         ahead: called before all others.
         block: whose forward, a generated one, would call `before`; nothing is read where calling it does more.
+        summed: something is added between `before` and `behind`.
         again: the modules have changed since.
     """
     known = _KNOWN.get(id(before[0]))
     if known is None or again:
-        known = Chain(before, behind, beside, ahead, block)
+        known = Chain(before, behind, beside, ahead, block, summed)
         _KNOWN[id(before[0])] = known
     return known
 
@@ -177,6 +187,7 @@ def _read(
     beside: tuple[nn.Module, ...],
     states: dict[int, tuple[Any, ...]],
     block: nn.Module | None,
+    summed: bool,
 ) -> _Found:
     around = beside if block is None else (*beside, block)
     for module in around:
@@ -195,6 +206,8 @@ def _read(
         norm, found = norm_and_act(parts, channels)
         if norm is not None:
             late, act, left = True, found, parts.left()
+    if not summed:
+        rest, left = (), (*rest, *left)
     window = tuple(int(size) for size in (channels, conv.kernel_size[0], conv.stride[0], conv.padding[0]))
     mix, after = (_NO_MIX, None) if rest else _mix(left, states, 2 * channels if beside else channels)
     return _Found((weakref.ref(conv), *_ending(norm, act, window), *mix), rest, late, left, after)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from padfree.native import Extra
-from padfree.onepass import quick, reduce, stem_tail
+from padfree.onepass import quick, stem_tail
 from padfree.pooling import max_pool, shortcut_pool
 
 
@@ -40,7 +40,7 @@ class PoolProjection(nn.Module):
         return projected
 
 
-class DepthwiseReduction(nn.Module):
+class DepthwiseReduction(nn.Sequential):
     """What shrinks a projection shortcut: depthwise 3x3 stride 2 without padding, then a norm.
 
     (N, C, H, W) -> (N, C, floor((H-3)/2)+1, floor((W-3)/2)+1); paper.md, Projection shortcut.
@@ -50,14 +50,6 @@ class DepthwiseReduction(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, groups=channels, bias=False)
         self.norm = nn.Identity() if norm is None else norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve and normalise."""
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            reduced: Tensor = self.norm(self.conv(x))
-            return reduced
-        else:  # the compiler of TorchScript skips this branch, which it could not read
-            return reduce(x, (self.conv, self.norm))
 
 
 class StemPool(nn.MaxPool2d):

@@ -87,13 +87,19 @@ def _along(x: torch.Tensor, ahead: Modules, block: nn.Module, after: Modules) ->
     return _called((block, *after), _called(passed.ahead, passed.x)) if found is None else found
 
 
-def reduce(x: torch.Tensor, modules: Modules) -> torch.Tensor:
-    """`modules(x)`: a strided depthwise convolution and what follows it, without a pool."""
-    if quick():
-        passed = _passed(x, modules, (), (2, 0, 0))
-        if isinstance(passed.found, torch.Tensor):
-            return _called(passed.chain.rest, passed.found)
-    return _called(modules, x)
+def reduce(x: torch.Tensor, modules: Modules, behind: Modules = ()) -> torch.Tensor:
+    """`behind(modules(x))`: a strided depthwise convolution and what follows it, without a pool.
+
+    For who has asked `quick` before.
+
+    Args:
+        x: (N, C, H, W).
+        modules: the convolution and what follows it.
+        behind: what follows that (a projection shortcut's 1x1 convolution and its norm).
+    """
+    passed = _passed(x, modules, behind, (2, 0, 0), summed=False)
+    found = _completed(passed)
+    return _called((*modules, *behind), x) if found is None else found
 
 
 def stem_tail(
@@ -166,17 +172,19 @@ def _passed(
     extra: Extra = Extra.NOTHING,
     ahead: Modules = (),
     block: nn.Module | None = None,
+    summed: bool = True,
 ) -> _Passed:
     """What the pass over this map gives, if it can be run, and what was read of the modules.
 
     Two maps, yet to be added, where modules are left to call before the sum; with a module `beside` them, whose result
     shall be joined to theirs, one map of both, and None where modules are left. With a 1x1 convolution in it the pass
-    gives one map, to which the residual has been added. A `block` is who would call `before` and the pool.
+    gives one map, to which the residual has been added. A `block` is who would call `before` and the pool; where
+    nothing is `summed`, what is left of `before` comes first in `behind`.
     """
     modules, joined = listed(before, behind, beside, ahead, block), bool(beside)
     begun, led = False, ahead
     for again in (False, True):
-        chain = read(before, behind, beside, ahead, block, again=again)
+        chain = read(before, behind, beside, ahead, block, summed, again=again)
         # Modules ahead that are no part of the pass are called. Where it shows afterwards that something has changed
         # since it was read, so are all others: they have their turn.
         if begun:

@@ -3,8 +3,10 @@
     y = self.bn(self.conv(x)); out = add_shortcut(y, shortcut_pool(x))
     ->  out = downsample(x, 3, 0, (self.conv, self.bn))
 
-`padfree.onepass.downsample` computes the same, in one pass over the map where it can. Training, tracers, compilers and
-TorchScript, which cannot hand modules to a function, run the first body.
+    out = self.bn(self.conv(self.reduce(x)))  ->  out = reduce(x, (self.reduce,), (self.conv, self.bn))
+
+The functions of `padfree.onepass` compute the same, in one pass over the map where they can. Training, tracers,
+compilers and TorchScript, which cannot hand modules to a function, run the first body.
 
 A block that is nothing but such a chain also says what it is made of, for `padfree.onepass.sequence`: a Sequential
 that holds it (`IN_SEQUENCE`) lets its neighbours take part.
@@ -14,12 +16,13 @@ from __future__ import annotations
 
 import ast
 import textwrap
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
 
 from padfree.chains import CHAIN
-from padfree.onepass import downsample
+from padfree.onepass import downsample, reduce
 from padfree.pooling import add_shortcut, shortcut_pool
 from padfree.understood import Functional
 
@@ -39,13 +42,21 @@ AHEAD = 2  # calls ahead of the convolution that may belong to it: the norm and 
 BEHIND = 6  # calls behind a sum that may belong to it: a norm and an activation, a 1x1 convolution with such of its own
 
 
-def quickened(graph: fx.Graph) -> fx.Graph | None:
-    """A copy of a block's graph with every such chain in one call; None where it has none."""
+def quickened(graph: fx.Graph, reductions: Collection[str] = ()) -> fx.Graph | None:
+    """A copy of a block's graph with every such chain in one call; None where it has none.
+
+    Args:
+        graph: the block's forward.
+        reductions: children that begin with a strided depthwise convolution, and to whose result nothing is added.
+    """
     copied = fx.Graph()
     output = copied.graph_copy(graph, {})
     copied.output(output)
     sums = [node for node in copied.nodes if node.op == "call_function" and node.target is add_shortcut]
-    return copied if any([_merge(node) for node in sums]) else None
+    merged = [_merge(node) for node in sums]
+    shrinking = [node for node in copied.nodes if node.op == "call_module" and node.target in reductions]
+    merged += [_shrink(node) for node in shrinking]
+    return copied if any(merged) else None
 
 
 def _merge(total: fx.Node) -> bool:
@@ -66,10 +77,7 @@ def _merge(total: fx.Node) -> bool:
     last = behind[-1] if behind else total
     graph = total.graph
     with graph.inserting_before(before[0]):
-        modules = [
-            tuple(_function(link) or graph.get_attr(str(link.target)) for link in links)
-            for links in (before, behind, ahead)
-        ]
+        modules = [_handed_over(links) for links in (before, behind, ahead)]
         if len(window) < 2:
             window += (3, 0)[len(window) :]
         merged = graph.call_function(downsample, (source, *window, *modules))
@@ -77,6 +85,23 @@ def _merge(total: fx.Node) -> bool:
     for old in (*reversed(behind), total, pool, *reversed(before), *reversed(ahead)):
         graph.erase_node(old)
     return True
+
+
+def _shrink(node: fx.Node) -> bool:
+    if not _is_link(node):
+        return False
+    behind, graph = _behind(node), node.graph
+    with graph.inserting_before(node):
+        merged = graph.call_function(reduce, (node.args[0], _handed_over([node]), _handed_over(behind)))
+    (behind[-1] if behind else node).replace_all_uses_with(merged)
+    for old in (*reversed(behind), node):
+        graph.erase_node(old)
+    return True
+
+
+def _handed_over(links: list[fx.Node]) -> tuple[Any, ...]:
+    """What is called, as arguments: children, and functions by their names."""
+    return tuple(_function(link) or link.graph.get_attr(str(link.target)) for link in links)
 
 
 def _at_once(calls: set[fx.Node], total: fx.Node) -> bool:
@@ -106,7 +131,7 @@ def _private(node: fx.Node) -> bool:
 
 
 def _behind(total: fx.Node) -> list[fx.Node]:
-    """The calls that follow at once, each on the one before."""
+    """The calls that follow this one at once, each on the one before."""
     found, node = list[fx.Node](), total
     while len(found) < BEHIND and set(node.users) == {node.next} and _is_link(node.next):
         node = node.next

@@ -11,7 +11,7 @@ import importlib
 import itertools
 import linecache
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -30,14 +30,18 @@ _MARK = "_padfree_base"
 NEW = "padfree_"
 
 
-def graph_source(graph: fx.Graph) -> tuple[str, Names]:
+def graph_source(graph: fx.Graph, reductions: Collection[str] = ()) -> tuple[str, Names]:
     """The Python source of a graph's forward and where its globals come from.
+
+    Args:
+        graph: a block's forward.
+        reductions: as `padfree.quicken.quickened` takes them.
 
     Raises:
         Refusal: it uses an object that cannot be imported by name.
     """
     source, found = _written(graph)
-    quick = quickened(graph)
+    quick = quickened(graph, reductions)
     if quick is not None:
         faster, others = _written(quick)
         both = {"torch": torch, QUICK: onepass.quick, **found, **others}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from padfree.chains import has_joining
+from padfree.chains import has_joining, is_reduction
 from padfree.errors import Refusal
 from padfree.kinds import AVG_POOLS, data_input
 from padfree.leaves import plain_forward
@@ -38,6 +38,11 @@ class BlockEdit:
         self.children: list[tuple[str, Spec]] = []
         self._now: dict[fx.Node, fx.Node] = {}
         self._taken = set(taken)
+
+    def reductions(self, module: nn.Module) -> set[str]:
+        """Children, new and old, that begin with a strided depthwise convolution."""
+        new = {name for name, spec in self.children if spec.kind == "depthwise_reduction"}
+        return new | {name for name, child in module._modules.items() if is_reduction(child)}
 
     def node(self, value: int) -> fx.Node:
         """The node that holds a recorded value now, after the edits made so far."""
@@ -272,7 +277,7 @@ class Surgeon:
         for path, edit in self._blocks.items():
             graph = edit.traced.graph
             graph.lint()
-            source, names = graph_source(graph)
+            source, names = graph_source(graph, edit.reductions(self._recording.modules[path]))
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             found.append(Reforward(path, source, names, edit.traced.locked))
         found += self._around(found)

@@ -411,10 +411,14 @@ def test_a_stem_tail(stride, residual, preact):
 
 
 def test_a_reduction():
+    """By itself it is a Sequential; the forward that calls it has its pass."""
     reduction = DepthwiseReduction(8, nn.BatchNorm2d(8)).eval()
     x = torch.randn(2, 8, 12, 13)
     with torch.no_grad(), passes() as seen:
-        assert_close(reduction(x), reduction.norm(reduction.conv(x)), **CLOSE)
+        expected = reduction(x)
+        assert_close(expected, reduction.norm(reduction.conv(x)))
+        assert seen == []
+        assert_close(onepass.reduce(x, (reduction,)), expected, **CLOSE)
     assert seen == ["BESIDE"]
 
 

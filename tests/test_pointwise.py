@@ -85,6 +85,36 @@ def test_any_map_behind_a_sum(shape, kernel, outputs, late, layout, act, seed, c
     assert found.stride() == expected.stride() or 1 in found.shape
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 3, 8, 16, 17, 40]), st.integers(5, 36), st.integers(5, 40)),
+    kernel=st.sampled_from([3, 5]),
+    outputs=st.sampled_from([1, 7, 16, 33, 50]),
+    kind=st.sampled_from(["apart", "one Sequential", "two Sequentials", "rest"]),
+    layout=st.sampled_from(LAYOUTS),
+    act=st.sampled_from(["none", "relu", "hardswish", "silu"]),
+    seed=st.integers(0, 99),
+    count=st.integers(1, 3),
+)
+def test_any_map_in_a_projection_shortcut(shape, kernel, outputs, kind, layout, act, seed, count):
+    conv, bn, activation = chain(shape[1], kernel, 2, seed % (kernel // 2 + 1), act, seed=seed)
+    behind = mixing(shape[1], outputs, act, bias=seed % 2 == 0, norm=seed % 3 > 0, seed=seed)
+    given = {
+        "apart": ((conv, bn, activation), tuple(behind)),
+        "one Sequential": ((nn.Sequential(conv, bn, activation, *behind),), ()),
+        "two Sequentials": ((nn.Sequential(conv, bn, activation),), (behind,)),
+        "rest": ((conv, bn, activation, behind[0]), (*behind[1:], nn.GELU())),
+    }
+    x = some_map(shape, layout, seed, spoilt=0.01 if seed % 5 == 0 else 0.0)
+    with torch.inference_mode(), threads(count), passes() as seen:
+        found = onepass.reduce(x, *given[kind])
+        expected = nn.Sequential(*(module for modules in given[kind] for module in modules))(x)
+    ambiguous = x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    assert seen == ([] if ambiguous else ["MIXED"])
+    assert_close(found, expected, **FAR)
+    assert found.stride() == expected.stride() or 1 in found.shape
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     shape=st.tuples(
