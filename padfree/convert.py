@@ -42,15 +42,21 @@ class Plan(PlanData):
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
+        return _finish(model, self._operations(model), self, inplace)
+
+    def _operations(self, model: nn.Module) -> tuple[Operation, ...]:
+        """What carries out this plan and those before it, which the model is left untouched by."""
+        before: tuple[Operation, ...] = ()
         if self.earlier is not None:
-            model, inplace = Plan(**vars(self.earlier)).apply(model, inplace=inplace), True
+            before = Plan(**vars(self.earlier))._operations(model)
+            model = perform(full_copy(model), before)
         with _one_at_a_time, kept_random_state(), kept_globals(model):
             sites = Sites(Flow(record(model, self.input_size)))
             groups, trials = _refind(self, sites)
             operations, why = trials.attempt(groups)
         if operations is None:
             raise PlanError(f"the plan for {self.model} cannot be carried out on this {type(model).__name__}: {why}")
-        return _finish(model, operations, self, inplace)
+        return (*before, *operations)
 
 
 def plan(

@@ -27,9 +27,7 @@ def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
         if max(conv.stride) < 2 or max(conv.kernel) < 3 or conv.fixed or added(sites, conv.path):
             continue
         if conv.op not in first and sites.flow.is_map(conv.source):
-            site = sites.site(conv)
-            if not any(point.op in first for point in site.paired):
-                yield conv, site
+            yield conv, sites.site(conv)
 
 
 def added(sites: Sites, path: str) -> bool:

@@ -15,7 +15,7 @@ from padfree.kinds import (
     AFFINE,
     ATTENTION,
     AVG_POOLS,
-    BATCHING,
+    LIKE,
     MAX_POOLS,
     NONLINEAR,
     NORMS,
@@ -31,7 +31,8 @@ from padfree.recorder import Op, Recorder, Ref
 class Chain:
     """conv -> norm -> act: the values after each part that is there, and the modules' paths.
 
-    `norm_last` says that the norm reads (N, H, W, C).
+    `norm_last` and `act_last` say that they read (N, H, W, C), `formula` that the activation is several operations of
+    a forward.
     """
 
     conv: int
@@ -40,6 +41,8 @@ class Chain:
     norm_path: str
     act_path: str
     norm_last: bool = False
+    act_last: bool = False
+    formula: bool = False
 
     def end(self, merge: str = "activation") -> int:
         """The value a sum is taken at: `merge`, or where the chain ends earlier, its end."""
@@ -173,14 +176,35 @@ class Flow:
             if normed and self.values[current].shape == self.values[value].shape:
                 norm = current
         same = self.values[current].shape == self.values[value].shape
-        act, act_path = self.activation(current if same else value if norm is None else norm)
-        norm_path = norm_path if norm is not None else ""
+        act, act_path = self.activation(
+            current if same or (normed and norm is None) else value if norm is None else norm
+        )
+        act_last = act is not None and not same and norm is None
+        if act_last:  # the map is laid out anew for its norm, and laid back behind its activation
+            act = self._laid_back(act, value)
+        norm_path = norm_path if norm is not None or act_last else ""
         read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
-        return Chain(value, norm, act, norm_path, act_path, bool(read) and not self.is_map(read[0]))
+        norm_last = bool(read) and not self.is_map(read[0])
+        producer = None if act is None else self.producer(act)
+        formula = (
+            producer is not None and not act_path and not act_last and producer.inputs not in ((current,), (norm,))
+        )
+        return Chain(value, norm, act, norm_path, act_path, norm_last, act_last, formula)
+
+    def _laid_back(self, value: int | None, like: int) -> int | None:
+        """The value that views make of this one, of the shape that another has; None where they do not."""
+        while value is not None and self.values[value].shape != self.values[like].shape:
+            op = self.sole_consumer(value)
+            value = op.outputs[0] if op is not None and plain_kind(op) in VIEWS else None
+        return value
 
     def dropped(self, value: int) -> bool:
         """Whether a module that only acts in training (dropout with p > 0) passes `value` on."""
-        return any(self._acts_in_training(call) for call in self._passing.get(value, ()))
+        return bool(self.acting(value))
+
+    def acting(self, value: int) -> list[str]:
+        """Paths of the modules that pass `value` on, and only act in training."""
+        return [call.path for call in self._passing.get(value, ()) if self._acts_in_training(call)]
 
     @functools.cached_property
     def _passing(self) -> dict[int, list[Call]]:
@@ -217,7 +241,7 @@ class Flow:
     def activation(self, value: int) -> tuple[int | None, str]:
         """The value after the activation that reads `value`, and its module's path ("" for a function).
 
-        An activation is a module call, or a single operation, that is pointwise, nonlinear and reads
+        An activation is a module call, a single operation or a formula that is pointwise, nonlinear and reads
         nothing but `value`.
         """
         readers = self.consumers(value)
@@ -231,7 +255,34 @@ class Flow:
                 return call.outputs[0], call.path
         if len(readers) == 1 and plain_kind(first) in NONLINEAR and first.inputs == (value,):
             return first.outputs[0], ""
-        return None, ""
+        return self._formula(value, first), ""
+
+    def _formula(self, value: int, first: Op) -> int | None:
+        """What several operations make of `value` that nothing else reads: y * sigmoid(y), y * relu6(y + 3) / 6."""
+        known, bends = {value}, False
+        for op in self.ops[first.index :]:
+            if known.isdisjoint(op.inputs):
+                continue
+            kind = plain_kind(op)
+            fits = kind in NONLINEAR | AFFINE | VIEWS | LIKE and known.issuperset(op.inputs)
+            if not fits or self._in_other_block(op, value):
+                return None
+            known.update(op.outputs)
+            bends = bends or kind in NONLINEAR
+            end = op.outputs[0]
+            inner = known - {end}
+            closed = all(reader <= op.index for part in inner for reader in self.consumers(part))
+            if closed and bends and inner.isdisjoint(self.recording.outputs):
+                return self._scaled(end) if self.values[end].shape == self.values[value].shape else None
+        return None
+
+    def _scaled(self, value: int) -> int:
+        """`value` behind the numbers that it is multiplied with, or added to."""
+        while (op := self.sole_consumer(value)) is not None and plain_kind(op) in AFFINE and len(op.inputs) == 1:
+            if self._scales_channels(op):
+                break
+            value = op.outputs[0]
+        return value
 
     def _in_other_block(self, op: Op, value: int) -> bool:
         """Whether `op` lies in a module that `value` only enters and that has convolutions of its own.
@@ -247,7 +298,7 @@ class Flow:
         ops = [self.ops[index] for index in call.ops if self.ops[index].inputs]
         known = set(call.inputs)
         for op in ops:
-            if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS or not known.issuperset(op.inputs):
+            if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS | LIKE or not known.issuperset(op.inputs):
                 return False
             known.update(op.outputs)
         same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
@@ -279,16 +330,6 @@ class Flow:
                 break
             value = op.inputs[0]
         return value
-
-    def from_input(self, value: int) -> bool:
-        """Whether `value` is the network's input up to norms, scales, resizing, pads and views."""
-        while (op := self.producer(value)) is not None:
-            kind = plain_kind(op)
-            shaping = kind in BATCHING or kind.startswith("upsample")
-            if not (op.kind in NORMS or kind in VIEWS or kind in AFFINE or shaping) or not op.inputs:
-                return False
-            value = op.inputs[0]
-        return value in self.recording.inputs
 
     def reaches(self, value: int, target: int) -> tuple[bool, bool]:
         """(whether `value` is made of `target`, whether by way of an activation or max-pool)."""

@@ -26,11 +26,6 @@ VIEWS = frozenset(
 )  # fmt: skip
 
 
-# What makes a batch of images: cropped, padded, copied into one tensor.
-BATCHING = frozenset(
-    {"constant_pad_nd", "stack", "select", "slice", "unbind", "index", "cat", "copy", "new_full", "new_zeros",
-     "new_empty", "zeros_like"}
-)  # fmt: skip
 AFFINE = frozenset({"mul", "add", "sub", "div", "rsub", "neg"})
 
 
@@ -38,13 +33,20 @@ NONLINEAR = frozenset(
     {"relu", "hardtanh", "silu", "hardswish", "gelu", "sigmoid", "hardsigmoid", "tanh", "leaky_relu", "elu", "celu",
      "selu", "softplus", "clamp", "clamp_min", "clamp_max", "_prelu_kernel", "mish", "threshold", "hardshrink",
      "softshrink", "log_sigmoid_forward", "exp", "pow", "abs", "maximum", "minimum", "rrelu_with_noise", "square",
-     "log1p", "sqrt", "reciprocal", "where", "gt", "lt", "ge", "le", "erf", "sin", "cos"}
+     "log1p", "sqrt", "reciprocal", "where", "gt", "lt", "ge", "le", "erf", "sin", "cos", "_softmax", "sign", "rsqrt"}
 )  # fmt: skip
+
+
+# Constants of a map's size, such as an activation compares with.
+LIKE = frozenset({"empty_like", "zeros_like", "ones_like", "full_like"})
 
 
 ATTENTION = frozenset({"bmm", "baddbmm", "_scaled_dot_product_flash_attention", "_fused_sdp_choice",
      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu",
      "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention"})  # fmt: skip
+
+
+PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot"})
 
 
 MAX_POOLS = frozenset({"max_pool2d_with_indices", "max_pool2d"})

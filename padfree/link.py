@@ -71,7 +71,7 @@ class _LinkingInterpreter(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
-        self.node_of_value: dict[int, fx.Node] = {}
+        self.nodes_of_value: dict[int, list[fx.Node]] = {}
         self.node_of_op: list[fx.Node] = []
         self.results: dict[fx.Node, tuple[tuple[Any, ...], int]] = {}
 
@@ -81,15 +81,18 @@ class _LinkingInterpreter(fx.Interpreter):
         self.node_of_op += [n] * (len(self.recorder.ops) - len(self.node_of_op))
         if isinstance(result, torch.Tensor) and n.op not in ("get_attr", "output"):
             value = self.recorder.value(result)
-            self.node_of_value.setdefault(value, n)
+            self.nodes_of_value.setdefault(value, []).append(n)
             self.results[n] = (geometry_key(result), value)
         return result
 
 
 def link(
     recording: Recording, call: Call, graph: fx.Graph, where: str
-) -> tuple[dict[int, fx.Node], dict[int, fx.Node]]:
-    """Self-check in both modes; then nodes by recorded value and by recorded operation."""
+) -> tuple[dict[int, list[fx.Node]], dict[int, fx.Node]]:
+    """Self-check in both modes; then nodes by recorded value and by recorded operation.
+
+    Several nodes hold one value where a module passes it on in eval mode (dropout).
+    """
     module = recording.modules[call.path]
     names = {storage(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
     for training in (True, False):
@@ -122,7 +125,7 @@ def link(
         raise Refusal(f"the forward of {where} does not do the same twice")
     to_global = _value_table(call, recorded, traced.ops)
     _follow_in_place(graph, interpreter)
-    nodes = {to_global[value]: node for value, node in interpreter.node_of_value.items() if value in to_global}
+    nodes = {to_global[value]: found for value, found in interpreter.nodes_of_value.items() if value in to_global}
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
     return nodes, anchors
 

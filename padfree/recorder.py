@@ -203,6 +203,8 @@ def freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
         return tuple((key, freeze(item, index)) for key, item in tree.items())
     if isinstance(tree, float) and math.isnan(tree):
         return "nan"
+    if isinstance(tree, torch.ScriptObject):  # a profiler's record: nothing to compare
+        return type(tree).__name__
     return tree
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import importlib
 import itertools
+import keyword
 import linecache
 import math
 from collections.abc import Collection, Iterator
@@ -38,7 +39,7 @@ def graph_source(graph: fx.Graph, reductions: Collection[str] = ()) -> tuple[str
         reductions: as `padfree.quicken.quickened` takes them.
 
     Raises:
-        Refusal: it uses an object that cannot be imported by name.
+        Refusal: it uses an object that cannot be imported by name, or a child that cannot be named.
     """
     source, found = _written(graph)
     quick = quickened(graph, reductions)
@@ -68,6 +69,12 @@ def _names(found: dict[str, Any]) -> Names:
 
 
 def _written(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    for node in graph.nodes:
+        words = str(node.target).split(".") if node.op in ("call_module", "get_attr") else []
+        if reserved := next(filter(keyword.iskeyword, words), None):
+            raise Refusal(
+                f"it calls `{node.target}`, and `{reserved}` is a word of Python's own; name the child otherwise"
+            )
     code = graph.python_code("self")
     return code.src.strip() + "\n", code.globals
 

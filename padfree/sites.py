@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from padfree.flow import Flow
-from padfree.kinds import AFFINE, NONLINEAR, NORMS, VIEWS, data_input, plain_kind
+from padfree.kinds import AFFINE, ATTENTION, MAX_POOLS, NONLINEAR, NORMS, PRODUCTS, VIEWS, data_input, plain_kind
 from padfree.recorder import Op, Ref
 from padfree.site import Conv, Site
 
@@ -61,13 +61,13 @@ class Sites:
             padding=padding, pad=pad, pad_mode=mode, fixed=not self._learnt(positional[1].value),
         )  # fmt: skip
 
-    def _learnt(self, weight: int) -> bool:
-        """Whether a weight is a parameter, or made from one or from the input."""
+    def _learnt(self, weight: int, unnamed: bool = True) -> bool:
+        """Whether a weight is a parameter (`unnamed`: or a tensor of no module), or made from one or from the input."""
         stack, seen = [weight], {weight}
         while stack:
             value = self.flow.values[stack.pop()]
             parameter = value.name and value.name in self._parameters
-            if value.live or parameter or (value.producer < 0 and not value.name):
+            if value.live or parameter or (unnamed and value.producer < 0 and not value.name):
                 return True
             if value.producer >= 0:
                 found = [ref for ref in _refs(self.flow.ops[value.producer].args) if ref not in seen]
@@ -91,8 +91,39 @@ class Sites:
 
     @functools.cached_property
     def first(self) -> tuple[Conv, ...]:
-        """The convolutions that read the network's input (through a data norm or pad)."""
-        return tuple(conv for conv in self.convs.values() if self.flow.from_input(conv.source))
+        """The convolutions that read the network's input: resized, normalised, padded, by a fixed filter, ...
+
+        Whatever is done to an image before the first layer that learns is not the network's; nor is a 1x1
+        convolution that maps its channels to those the network takes.
+        """
+        return tuple(conv for conv in self.convs.values() if self._is_image(conv.source))
+
+    def _is_image(self, value: int) -> bool:
+        """Whether nothing that `value` is made of but the network's input went through a layer that learns."""
+        found, seen, stack = False, {(value, False)}, [(value, False)]
+        while stack:
+            current, bent = stack.pop()
+            op = self.flow.producer(current)
+            if op is None:
+                found = found or current in self.recording.inputs
+                continue
+            if op.kind in MAX_POOLS or self._learns(op, bent):
+                return False
+            bent = bent or plain_kind(op) in NONLINEAR
+            new = {(source, bent) for source in op.inputs} - seen
+            seen |= new
+            stack += new
+        return found
+
+    def _learns(self, op: Op, bent: bool) -> bool:
+        """Whether an operation multiplies with parameters, and (`bent`) is more than a map between channels."""
+        conv = self.convs.get(op.index)
+        if conv is not None:
+            adapter = conv.pointwise and conv.stride == (1, 1) and conv.groups == 1 and not bent
+            return not (conv.fixed or adapter)
+        others = [ref for ref in _refs(op.args) if ref not in op.inputs]
+        heavy = op.kind in PRODUCTS | ATTENTION or op.kind == "convolution"
+        return heavy and (len(op.inputs) > 1 or any(self._learnt(ref, unnamed=False) for ref in others))
 
     def read_by(self, op: Op) -> int:
         """The map that a convolution or pool reads, before a pad that only it reads."""

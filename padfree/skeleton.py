@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import random
 import sys
-import types
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from padfree.errors import PadfreeError
+from padfree.rebind import FUNCTIONS, Copies
 
 _HOOK_DICTS = (
     "_forward_hooks",
@@ -108,19 +108,20 @@ def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"copying {type(model).__name__} gives `{shared}` itself again (its __deepcopy__ says so), and padfree "
             "works on a copy. Hint: convert a model without it, or let __deepcopy__ copy"
         )
-    copied = {id(old): memo[id(old)] for old in model.modules() if id(old) in memo}
+    originals = [*model.modules(), *model.parameters(), *model.buffers()]
+    copies = Copies({id(old): memo[id(old)] for old in originals if id(old) in memo})
     for module in duplicate.modules():
-        _rebind_in(module.__dict__, copied)
+        _rebind_in(module.__dict__, copies)
     return duplicate
 
 
-def _rebind_in(held: Any, copied: dict[int, nn.Module]) -> None:
+def _rebind_in(held: Any, copies: Copies) -> None:
     """Rebind what a module holds, also in its plain containers, such as those of its hooks."""
     items = list(held.items()) if isinstance(held, dict) else list(enumerate(held))
     for key, value in items:
         if type(value) in (dict, OrderedDict, list):
-            _rebind_in(value, copied)
-        elif (rebound := _rebind(value, copied)) is not value:
+            _rebind_in(value, copies)
+        elif isinstance(value, FUNCTIONS) and (rebound := copies.of(value)) is not value:
             held[key] = rebound
 
 
@@ -144,32 +145,3 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
         )
     empty = torch.empty_like(tensor.detach(), device="meta")
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _rebind(value: Any, copied: dict[int, nn.Module]) -> Any:
-    """`value`, or for a function that closes over modules in `copied`, one that closes over their copies."""
-    if isinstance(value, types.MethodType):
-        function = _rebind(value.__func__, copied)
-        return value if function is value.__func__ else types.MethodType(function, value.__self__)
-    if not isinstance(value, types.FunctionType) or not value.__closure__:
-        return value
-    cells, changed = [], False
-    for cell in value.__closure__:
-        try:
-            content = cell.cell_contents
-        except ValueError:  # a cell not filled yet
-            cells.append(cell)
-            continue
-        new = copied.get(id(content)) if isinstance(content, nn.Module) else _rebind(content, copied)
-        if new is None or new is content:
-            cells.append(cell)
-        else:
-            cells.append(types.CellType(new))
-            changed = True
-    if not changed:
-        return value
-    rebound = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
-    rebound.__kwdefaults__ = value.__kwdefaults__
-    rebound.__dict__.update(value.__dict__)
-    rebound.__doc__ = value.__doc__
-    return rebound

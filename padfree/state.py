@@ -48,6 +48,7 @@ class Watch:
         self._own = attributes
         self._outside = {name: value for name, value in _named(self._kind) if has_state(value)}
         self._objects = self._look()
+        self._numbers = _Numbers([self._kind])
         self._children = {path: child for path, child in module.named_modules() if path}
         self._kept = {path: dict(child.__dict__) for path, child in self._children.items()}
         self._attributes = {path: _attributes(child) for path, child in self._children.items()}
@@ -57,6 +58,7 @@ class Watch:
         """What was written into since, in words; children get their attributes back."""
         found = _differences(self._look(), self._objects)
         found += _differences(_class_attributes(self._kind), self._class)
+        found += self._numbers.put_back()
         for path, child in self._children.items():
             if written := _differences(_attributes(child), self._attributes[path]):
                 found += [f"its child's attribute `{path}.{name}`" for name in written]
@@ -77,9 +79,11 @@ def kept_globals(model: nn.Module) -> Iterator[None]:
     held = {id(value): value for kind in kinds for _, value in _named(kind) if type(value) in _CONTAINERS}
     before = {key: copy.copy(value) for key, value in held.items()}
     counted = {kind: {name: value for name, value in vars(kind).items() if type(value) in SIMPLE} for kind in kinds}
+    numbers = _Numbers(kinds)
     try:
         yield
     finally:
+        numbers.put_back()
         for key, value in held.items():
             if not alike(snapshot(value, 1), snapshot(before[key], 1)):
                 value.clear()
@@ -88,6 +92,44 @@ def kept_globals(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if not alike(vars(kind).get(name), value):
                     setattr(kind, name, value)
+
+
+class _Numbers:
+    """Globals and closed-over variables that hold a plain value, and such attributes of what they hold.
+
+    Args:
+        kinds: whose functions name them.
+    """
+
+    def __init__(self, kinds: Iterable[type]) -> None:
+        self._kept: dict[tuple[int, str], tuple[str, Any, str, Any]] = {}
+        for kind in kinds:
+            for what, holder, name, value in _held(kind):
+                if type(value) in SIMPLE:
+                    self._kept[id(holder), name] = (what, holder, name, value)
+                elif has_state(value) and isinstance(getattr(value, "__dict__", None), dict):
+                    for inner, number in value.__dict__.items():
+                        if type(number) in SIMPLE:
+                            self._kept[id(value.__dict__), inner] = (what, value.__dict__, inner, number)
+
+    def put_back(self) -> list[str]:
+        """Names of those that have changed since; they are what they were again."""
+        found = []
+        for what, holder, name, value in self._kept.values():
+            if not alike(_content(holder, name), value):
+                found.append(what)
+                if isinstance(holder, dict):
+                    holder[name] = value
+                else:
+                    holder.cell_contents = value
+        return found
+
+
+def _content(holder: Any, name: str) -> Any:
+    try:
+        return holder.get(name, ...) if isinstance(holder, dict) else holder.cell_contents
+    except ValueError:  # an empty cell
+        return ...
 
 
 def has_state(value: Any) -> bool:
@@ -169,13 +211,18 @@ def _class_attributes(kind: type) -> dict[str, Any]:
 
 def _named(kind: type) -> Iterator[tuple[str, Any]]:
     """Globals and closure contents that the functions of a class name."""
+    return ((what, value) for what, _, _, value in _held(kind))
+
+
+def _held(kind: type) -> Iterator[tuple[str, Any, str, Any]]:
+    """The same, with the dictionary or cell that holds each, and its name there."""
     for function, names in _functions(kind):
         for name in names:
             if name in function.__globals__:
-                yield f"the global `{name}`", function.__globals__[name]
+                yield f"the global `{name}`", function.__globals__, name, function.__globals__[name]
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
-                yield f"the variable `{name}`", cell.cell_contents
+                yield f"the variable `{name}`", cell, name, cell.cell_contents
             except ValueError:  # not filled yet
                 continue
 

@@ -45,12 +45,21 @@ class BlockEdit:
         return new | {name for name, child in module._modules.items() if is_reduction(child)}
 
     def node(self, value: int) -> fx.Node:
-        """The node that holds a recorded value now, after the edits made so far."""
-        found = self.traced.nodes.get(value)
-        if found is None:
+        """The node that made a recorded value, or what stands for it now, after the edits made so far."""
+        return self._holders(value)[0]
+
+    def read(self, value: int, reader: fx.Node) -> fx.Node:
+        """The node from which `reader` has a recorded value: a dropout in between passes on the same in eval mode."""
+        found = [node for node in self._holders(value) if node in reader.all_input_nodes]
+        return found[-1] if found else self.node(value)
+
+    def _holders(self, value: int) -> list[fx.Node]:
+        found = list(self.traced.nodes.get(value, ()))
+        if not found:
             raise Refusal(f"`{self.traced.path}` does not hold the value to be edited in its own forward")
-        while found in self._now:
-            found = self._now[found]
+        for index, node in enumerate(found):
+            while node in self._now:
+                node = found[index] = self._now[node]
         return found
 
     def anchor(self, op: int) -> fx.Node:
@@ -160,7 +169,7 @@ class Surgeon:
             raise Refusal(f"`{path}`: the padding before it is made where no forward holds both")
         edit = self._block(call.path)
         padded = edit.node(out)
-        edit.anchor(op).replace_input_with(padded, edit.node(source))
+        edit.anchor(op).replace_input_with(padded, edit.read(source, padded))
         edit.drop(padded)
 
     def pool(self, op: int) -> None:  # noqa: D102
@@ -169,6 +178,10 @@ class Surgeon:
         path = recording.calls[recorded.call].path
         module = recording.modules[path]
         before = self.sites.flow.producer(recorded.inputs[0])
+        if getattr(module, "divisor_override", None):
+            raise Refusal(
+                f"`{path}` divides its sums by {module.divisor_override}, which a 3x3 window's would need too"
+            )
         if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
             values: dict[str, Any] = {"kernel_size": 3, "stride": 2, "padding": 0, "ceil_mode": False}
             inside = before is not None and before.kind == "constant_pad_nd" and before.call == recorded.call
@@ -185,7 +198,7 @@ class Surgeon:
         called = getattr(node.target, "__name__", str(node.target))
         if called != function.__name__ or node.kwargs.get("divisor_override") or len(node.args) > 6:
             raise Refusal(f"`{path}` pools by {called}, with settings or sums of its own that a 3x3 window would lose")
-        source = edit.node(data_input(recorded))
+        source = edit.read(data_input(recorded), node)
         edit.substitute(node, lambda old, at: edit.call(at, function, source, 3, 2, 0))
         edit.drop(node)
 
@@ -201,7 +214,7 @@ class Surgeon:
         project: bool,
     ) -> None:
         edit = self._block(block)
-        at, read = edit.anchor(anchor), edit.node(source)
+        at, read = self._reading(edit, source, anchor)
         total: Callable[..., Any] = operator.add if project else add_shortcut
         if project:
             channels = (self._channels(source), self._channels(merge))
@@ -222,14 +235,14 @@ class Surgeon:
 
     def crop(self, block: str, source: int, op: int, margin: int) -> None:  # noqa: D102
         edit = self._block(block)
-        at, read = edit.anchor(op), edit.node(source)
+        at, read = self._reading(edit, source, op)
         every = slice(None)
         inner = slice(margin, -margin)
         at.replace_input_with(read, edit.call(at, operator.getitem, read, (every, every, inner, inner)))
 
     def before(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
-        at, read = edit.anchor(op), edit.node(source)
+        at, read = self._reading(edit, source, op)
         at.replace_input_with(read, edit.call(at, spec, read, name="reduce"))
 
     def after(self, block: str, value: int, spec: Spec) -> None:  # noqa: D102
@@ -240,17 +253,19 @@ class Surgeon:
     def instead(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         node = edit.anchor(op)
-        edit.substitute(node, lambda old, at: edit.call(at, spec, edit.node(source), name="stem"))
+        read = edit.read(source, node)
+        edit.substitute(node, lambda old, at: edit.call(at, spec, read, name="stem"))
         edit.drop(node)
 
     def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
-        new = edit.call(edit.anchor(anchor), spec, edit.node(source), name="dense")
+        at, read = self._reading(edit, source, anchor)
+        new = edit.call(at, spec, read, name="dense")
         edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, new))
 
     def pooled(self, block: str, source: int, op: int) -> None:  # noqa: D102
         edit = self._block(block)
-        at, read = edit.anchor(op), edit.node(source)
+        at, read = self._reading(edit, source, op)
         at.replace_input_with(read, edit.call(at, shortcut_pool, read))
 
     def replace_end(self, path: str, spec: Spec) -> None:  # noqa: D102
@@ -263,6 +278,19 @@ class Surgeon:
         self._operations.append(SetAttributes(path, tuple(attributes.items())))
 
     # -------------------------------------------------------------------------------------------
+
+    def _reading(self, edit: BlockEdit, source: int, op: int) -> tuple[fx.Node, fx.Node]:
+        """The node that runs an operation, and the one that it has `source` from.
+
+        Raises:
+            Refusal: something that acts in training lies between them, out of the block's sight.
+        """
+        at = edit.anchor(op)
+        inside = f"{edit.traced.path}.{at.target}." if at.op == "call_module" else ""
+        for path in self.sites.flow.acting(source) if inside else ():
+            if path.startswith(inside):
+                raise Refusal(f"`{path}` changes in training what the conv reads, where no forward holds both")
+        return at, edit.read(source, at)
 
     def _channels(self, value: int) -> int:
         return self._recording.values[value].shape[1]

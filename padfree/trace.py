@@ -40,13 +40,13 @@ class TracedBlock:
 
     Attributes:
         path: the block's path. graph: its own forward, children as leaves.
-        nodes: graph node by recorded value. anchors: graph node by recorded operation.
+        nodes: graph nodes by recorded value, in order. anchors: graph node by recorded operation.
         locked: plain state baked into the graph, with its value where that is simple.
     """
 
     path: str
     graph: fx.Graph
-    nodes: dict[int, fx.Node]
+    nodes: dict[int, list[fx.Node]]
     anchors: dict[int, fx.Node]
     locked: Locked
 
@@ -55,7 +55,7 @@ class TracedBlock:
         graph = fx.Graph()
         table: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, table))
-        nodes = {value: table[node] for value, node in self.nodes.items()}
+        nodes = {value: [table[node] for node in found] for value, found in self.nodes.items()}
         anchors = {op: table[node] for op, node in self.anchors.items() if node in table}
         return TracedBlock(self.path, graph, nodes, anchors, self.locked)
 
@@ -243,6 +243,10 @@ _UNSEEN = (  # what operations on meta tensors show no trace of, and a generated
     (torch.autocast, "__enter__", "switches autocast on or off"),
     (torch.autograd.graph.saved_tensors_hooks, "__enter__", "decides what is kept for the backward pass"),
     (torch.autograd.Function, "apply", "calls an autograd function, whose backward is its own"),
+    (torch.profiler.record_function, "__enter__", "marks a stretch for the profiler"),
+    (torch, "is_grad_enabled", "asks whether gradients are on"),
+    (torch, "is_inference_mode_enabled", "asks whether inference mode is on"),
+    (torch, "is_autocast_enabled", "asks whether autocast is on"),
 )
 
 
@@ -252,8 +256,17 @@ def _noting_unseen() -> Iterator[list[str]]:
     noted: list[str] = []
     here = threading.get_ident()
 
-    def noting(found: Any, does: str) -> Any:
+    def noting(owner: Any, found: Any, does: str) -> Any:
         by_class = isinstance(found, (classmethod, types.ClassMethodDescriptorType))
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            library = str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "padfree."))
+            if threading.get_ident() == here and not library:
+                noted.append(does)
+            return found(*args, **kwargs)
+
+        if isinstance(owner, types.ModuleType):
+            return asked
 
         def note(owner: Any, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() == here:
@@ -264,7 +277,7 @@ def _noting_unseen() -> Iterator[list[str]]:
 
     usual = [(owner, name, vars(owner)[name]) for owner, name, _ in _UNSEEN]
     for owner, name, does in _UNSEEN:
-        setattr(owner, name, noting(vars(owner)[name], does))
+        setattr(owner, name, noting(owner, vars(owner)[name], does))
     try:
         yield noted
     finally:

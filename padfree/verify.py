@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
+from padfree.kinds import AFFINE
 from padfree.record import ForwardFailedError, Recording, record
 from padfree.recorder import Op, Ref, repeat_batch
 from padfree.state import asks_for_mode, in_mode
@@ -23,6 +24,7 @@ from padfree.state import asks_for_mode, in_mode
 _ADAPTIVE = ("_adaptive_avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d")
 _COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
 _RESIZING = ("constant_pad_nd", "reflection_pad2d", "replication_pad2d", "roll", "grid_sampler_2d")
+_RESAMPLING = ("upsample", "_upsample")  # what an interpolation's kinds begin with
 
 
 def verify(
@@ -59,18 +61,19 @@ def verify(
         raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
     _check_obeyed(after, given or {})
     _check_places(original, after)
+    _check_broadcasting(original, after)
     if not allow_resize:
         _check_resizing(original, after)
     if any(asks_for_mode(type(module)) for module in original.model.modules() if list(module.children())):
-        _check_training(original, converted)
+        _check_training(original, converted, after)
 
 
-def _check_training(original: Recording, converted: nn.Module) -> None:
+def _check_training(original: Recording, converted: nn.Module, after: Recording) -> None:
     """Branches that run in training only, such as auxiliary heads."""
     like = replace(original, example=repeat_batch(original.example))
     try:
         with in_mode(converted.modules(), True):
-            record(converted, like=like)
+            trained = record(converted, like=like)
     except ForwardFailedError as error:
         try:
             with in_mode(original.model.modules(), True):
@@ -78,6 +81,16 @@ def _check_training(original: Recording, converted: nn.Module) -> None:
         except ForwardFailedError:  # it wants labels, say: nothing to compare with
             return
         raise Refusal(f"in train mode {_blame(original, error)}") from error
+    for path, module in converted.named_modules():
+        kept = original.modules.get(path)
+        changed = kept is None or type(kept) is not type(module) or _settings(kept) != _settings(module)
+        calls, more = (len(recording.calls_of.get(path, ())) for recording in (after, trained))
+        if changed and 0 < calls < more:
+            raise Refusal(f"`{path}` is called {calls} times in eval mode and {more} times in train mode")
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    return [getattr(module, name, None) for name in ("stride", "padding", "kernel_size")]
 
 
 def _counts(recording: Recording) -> bool:
@@ -105,6 +118,27 @@ def _check_obeyed(after: Recording, given: Mapping[str, Mapping[str, Any]]) -> N
             value, used = given.get(path, {}).get(name), tuple(op.args[0][position]) if path else ()
             if isinstance(value, tuple) and len(value) == len(used) and value != used:
                 raise Refusal(f"`{path}` runs with {name} {used} whatever its attribute `{name}` says")
+
+
+def _check_broadcasting(before: Recording, after: Recording) -> None:
+    """A map that has become a single pixel fits every other, and a sum of two maps would not be one any more."""
+    had, has = (Counter(kind for kind, _ in _broadcasts(recording)) for recording in (before, after))
+    for where, shapes in _broadcasts(after):
+        if has[where] > had[where]:
+            sides = f"{shapes[0][2:]} and {shapes[1][2:]}"
+            raise Refusal(f"`{where[1]}` would newly combine maps of {sides} pixels, one of them spread out")
+
+
+def _broadcasts(recording: Recording) -> list[tuple[tuple[str, str], list[tuple[int, ...]]]]:
+    """(kind, path) and shapes of the operations on several maps of which some are single pixels."""
+    found = []
+    for op in recording.ops:
+        shapes = [recording.values[value].shape for value in op.inputs]
+        if op.kind.rstrip("_") in AFFINE and len(shapes) > 1 and all(len(shape) == 4 for shape in shapes):
+            alone = [shape[2:] == (1, 1) for shape in shapes]
+            if any(alone) and not all(alone):
+                found.append(((op.kind, _path(recording, op)), shapes))
+    return found
 
 
 def _check_resizing(before: Recording, after: Recording) -> None:
@@ -184,12 +218,15 @@ def _reading(recording: Recording, op: Op) -> _Reading | None:
 
 
 def _resizes(recording: Recording, op: Op) -> bool:
-    if op.inputs and op.kind in _ADAPTIVE:
-        source, out = (recording.values[value].shape[-2:] for value in (op.inputs[0], op.outputs[0]))
-        return any(new > old for new, old in zip(out, source, strict=True))
-    if not op.inputs or not (op.kind in _RESIZING or op.kind.startswith("upsample")):
+    """Whether an operation makes a map of another size than it had, by padding, stretching or shifting it."""
+    if not (op.inputs and op.outputs):
         return False
-    return not (op.kind == "constant_pad_nd" and not any(op.args[0][1]))
+    source, out = (recording.values[value].shape[-2:] for value in (op.inputs[0], op.outputs[0]))
+    if op.kind in _ADAPTIVE:
+        return any(new > old for new, old in zip(out, source, strict=True))
+    if op.kind.startswith(_RESAMPLING):
+        return source != out
+    return op.kind in _RESIZING and not (op.kind == "constant_pad_nd" and not any(op.args[0][1]))
 
 
 def _path(recording: Recording, op: Op) -> str:

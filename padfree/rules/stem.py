@@ -3,8 +3,9 @@
 before: act(norm(conv(x)))  [maxpool(., 3, s, p1)]
 after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p1))), maxpool(y, 3, s, p1)))))  [+ y]
 
-1. the network reads its input (through a data norm, a pad) by one conv, or by branches that act as one, or
-   by a BSConv pair; its kernel is odd, at least 3, and overlaps its neighbours (kernel > stride: no patchify);
+1. the network reads its input (through whatever learns nothing: resizing, a data norm) by one conv, or by branches
+   that act as one, or by a BSConv pair; its kernel is odd, at least 3, and overlaps its neighbours (kernel > stride:
+   no patchify);
 2. the network has an odd stride-2 conv or a 3x3 stride-2 max-pool: else there is nothing to convert;
 3. a 3x3 p1 max-pool of stride s = 1 or 2 that alone reads the stem's output is absorbed;
 4. where the stem conv has neither norm nor activation and the network goes on with norm -> act, the tail
@@ -42,7 +43,7 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """The one stem, if the network has something to convert."""
     if not sites.first:
         return
-    conv = _stem_conv(sites)
+    conv = max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
     if any(isinstance(module, StemTail) for module in sites.recording.modules.values()):
         yield Skip(conv.path, "it has a hybrid tail already", NAME, in_scope=False)
         return
@@ -57,22 +58,11 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
         yield Skip(conv.path, str(refusal), NAME)
 
 
-def _stem_conv(sites: Sites) -> Conv:
-    """The first conv, or the depthwise half of the BSConv pair that it begins."""
-    widest = max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
-    if widest.kernel != (1, 1):
-        return widest
-    first = sites.first[0]
-    for conv in sites.convs.values():
-        if conv.depthwise and first in sites.site(conv).paired:
-            return conv
-    return first
-
-
 def _out_of_scope(sites: Sites, conv: Conv, site: Site) -> str:
     kernel, stride = conv.kernel, conv.stride
     one = {part.op for part in (*site.convs, *site.points, *site.paired)}
-    others = [part for part in sites.first if part.op not in one]
+    apart = (part for part in sites.first if part.op not in one)
+    others = [part for part in apart if not sites.flow.reaches(conv.source, part.out)[0]]  # it maps the channels
     if others and all(part.path == conv.path for part in others):
         return f"it reads the input {len(others) + 1} times, and a hybrid stem follows one call"
     if others:
@@ -99,6 +89,8 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     if len(recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
         raise Refusal("its module does not run exactly once in a forward")
     chain = site.chain
+    if chain.act_last:
+        raise Refusal("its activation reads a map laid out (N, H, W, C), which a hybrid tail's would not")
     end = chain.end()
     pool = _absorbed(sites, end)
     stride = 1 if pool is None else _first(pool.args[0][2])
@@ -175,6 +167,8 @@ def _function(sites: Sites, chain: Chain) -> dict[str, Any]:
     """The ATen name and settings of an activation that is a function call, if it has a module of its own."""
     if chain.act is None or chain.act_path:
         return {"function": ""}
+    if chain.formula:
+        raise Refusal("its activation is a formula in a forward, without a module to copy")
     op = sites.flow.producer(chain.act)
     kind = "" if op is None else plain_kind(op)
     if kind not in FUNCTIONS:
