@@ -17,6 +17,9 @@ from padfree.writing import as_path
 
 KEY = "padfree"  # of the metadata, in files of converted networks
 _WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+_COUNT = ".num_batches_tracked"
+_PREFIXES = ("module.", "_orig_mod.")
+_AVERAGED = "n_averaged"  # an entry of `torch.optim.swa_utils.AveragedModel`
 _TORCH_HEADS = (b"PK\x03\x04", b"\x80\x02")  # a zip archive; a pickle of older versions
 _SHOWN = 3  # keys named in an error message
 _ADVICE = 'save {"state_dict": model.state_dict()} alone, or safetensors'
@@ -26,7 +29,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights of an unconverted network: safetensors, or a torch file of tensors alone.
 
     A state dict may lie under "state_dict" or "model", or else under "state_dict_ema" or "model_ema"; its
-    keys may begin with "module.".
+    keys may begin with what wrappers put before them ("module.", "_orig_mod.").
 
     Raises:
         FileError: the file is missing, unreadable, or holds anything but plain tensors.
@@ -48,12 +51,28 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for key, value in content.items():
         if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
             raise FileError(f"{path}: `{key}` is {_kind(value)}, not a plain tensor; {_ADVICE} of a plain model")
-    prefix = "module." if all(key.startswith("module.") for key in content) else ""
-    return {key.removeprefix(prefix): value for key, value in content.items()}
+    return _unwrapped(content)
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _unwrapped(content: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what data parallelism, compilation and averaging add to keys."""
+    prefixes = (prefix for prefix in _PREFIXES if content.keys() and all(key.startswith(prefix) for key in content))
+    prefix = next(prefixes, None)
+    if prefix is None:
+        bare = {key: value for key, value in content.items() if key != _AVERAGED}
+        averaged = len(bare) < len(content) and all(key.startswith(_PREFIXES[0]) for key in bare)
+        return _unwrapped(bare) if averaged else content
+    return _unwrapped({key.removeprefix(prefix): value for key, value in content.items()})
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, any_age: bool = False) -> None:
     """Load a state dict strictly; the model is untouched when it does not fit.
+
+    Args:
+        model: it takes them.
+        tensors: by key.
+        path: where they come from, for messages.
+        any_age: norms' counts of batches may be missing, as in files of before torch had them.
 
     Raises:
         FileError: keys are missing or unknown, shapes differ, or complex meets real; it names the first few.
@@ -61,7 +80,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     own = model.state_dict()
     both = own.keys() & tensors.keys()
     parts = {
-        "missing": own.keys() - tensors.keys(),
+        "missing": {key for key in own.keys() - tensors.keys() if not (any_age and key.endswith(_COUNT))},
         "unknown": tensors.keys() - own.keys(),
         "of another shape": {key for key in both if own[key].shape != tensors[key].shape},
         "complex": {key for key in both if tensors[key].is_complex() and not own[key].is_complex()},

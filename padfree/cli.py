@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     built.add_argument("--pretrained", action="store_true", help="download the library's weights")
     built.add_argument("--checkpoint", metavar="FILE", help="unconverted weights: safetensors or torch")
     rewrite = parser.add_argument_group("what is converted, and how")
-    rewrite.add_argument("--rules", nargs="+", metavar="RULE", help="of depthwise dense projection stem")
+    rewrite.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE", help="of depthwise dense projection stem"
+    )
     rewrite.add_argument("--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these")
     rewrite.add_argument("--exclude", nargs="+", action="extend", metavar="PATTERN", help="leave these alone")
     defaults = Options()
@@ -117,8 +119,8 @@ def _convert(
 ) -> tuple[dict[str, Any], Plan, Comparison | None]:
     """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
     original = source.create(arguments.pretrained)
-    if arguments.checkpoint:
-        load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint))
+    if arguments.checkpoint is not None:
+        load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint), any_age=True)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _plan(original, arguments, size)
     comparison = None
@@ -175,7 +177,9 @@ def _timm_channels(name: str, channels: int) -> dict[str, int]:
     """`in_chans` for timm where the size asked for has another channel count than the model's own."""
     import timm
 
-    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    config = None
+    with contextlib.suppress(Exception):  # an unknown tag, say, which building the model tells about
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     usual = config.input_size[0] if config is not None else 3
     return {} if channels == usual else {"in_chans": channels}
 

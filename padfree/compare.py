@@ -242,15 +242,15 @@ def _least(recording: Recording, top: int, *others: Recording) -> int:
 
 def _runs(recording: Recording, side: int) -> bool:
     channels = recording.input_size[:-2]
-    for example in example_inputs(recording.model, (*channels, side, side), meta=True):
-        if len(example) != len(recording.example) or type(example[0]) is not type(recording.example[0]):
-            continue
-        try:
-            with torch.no_grad():
-                recording.model(*example)
-        except Exception:  # any failure means that this size is not taken
-            return False
-        return True
+    kind = len(recording.example), type(recording.example[0])
+    try:
+        for example in example_inputs(recording.model, (*channels, side, side), meta=True):
+            if (len(example), type(example[0])) == kind:
+                with torch.no_grad():
+                    recording.model(*example)
+                return True
+    except Exception:  # any failure means that this size is not taken
+        return False
     return False
 
 

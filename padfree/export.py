@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
+from padfree.guards import allow_single_pixels
 from padfree.record import check_input_size, default_input_size
 from padfree.recorder import first_line
 from padfree.writing import check_target, replacing
@@ -122,7 +123,10 @@ def to_exported_program(
         FileError: the file cannot be written.
     """
     target = check_target(path)
-    program, _ = _program(model, input_size, dynamic_sides)
+    program, size = _program(model, input_size, dynamic_sides)
+    if dynamic_sides:
+        with _quietly():
+            allow_single_pixels(program, model, size)
     content = io.BytesIO()  # written to a file by torch itself, a full disk would end the process
     try:
         with _quietly():

@@ -57,7 +57,7 @@ def save(
     plan = getattr(model, "padfree_plan", None)
     if not isinstance(plan, Plan):
         raise FileError(f"{type(model).__name__} carries no plan: save takes what padfree.convert returned")
-    origin = _timm_source(model) if source is None else Source.from_dict(source)
+    origin = _timm_source(model, plan) if source is None else Source.from_dict(source)
     target = check_target(path)
     tensors = _tensors(model)
     try:
@@ -127,7 +127,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _timm_source(model: nn.Module) -> Source:
+def _timm_source(model: nn.Module, plan: Plan) -> Source:
     config = getattr(model, "pretrained_cfg", None)
     if not isinstance(config, Mapping) or not config.get("architecture"):
         raise FileError(
@@ -137,9 +137,8 @@ def _timm_source(model: nn.Module) -> Source:
     kwargs: dict[str, Any] = {}
     if isinstance(getattr(model, "num_classes", None), int):
         kwargs["num_classes"] = model.num_classes
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is not None and first.in_channels != config.get("input_size", (3,))[0]:
-        kwargs["in_chans"] = first.in_channels
+    if plan.input_size[0] != config.get("input_size", (3,))[0]:
+        kwargs["in_chans"] = plan.input_size[0]
     return Source("timm", str(config["architecture"]), kwargs)
 
 

@@ -52,7 +52,7 @@ class Source:
         if self.library not in LIBRARIES:
             raise SourceError(f"no model library {self.library!r}; there are {', '.join(LIBRARIES)}")
         for key in self.kwargs:
-            if any(word in key for word in _FORBIDDEN):
+            if any(part.startswith(_FORBIDDEN) for part in key.split("_")):
                 raise SourceError(f"a model source may not set {key!r}: it builds a network without weights")
 
     def __str__(self) -> str:

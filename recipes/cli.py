@@ -11,7 +11,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
+
+from rich.markup import escape
 
 from padfree.errors import PadfreeError
 
@@ -22,7 +24,10 @@ key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML).
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are PadfreeErrors: one line, like all others."""
+    """An argument parser whose errors are PadfreeErrors: one line, like all others. Flags are written out."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise PadfreeError(f"{message} (see {self.prog} --help)")
@@ -48,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         message = f"needs the package {package}: pip install 'padfree[recipes]'"
     except KeyboardInterrupt:
-        return _failed("interrupted; `--resume` goes on from the last whole epoch", 130)
+        return _failed(f"interrupted{_going_on(argv)}", 130)
     except BrokenPipeError:
         _drop(sys.stdout)
         return 141
@@ -62,6 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = error.strerror or str(error) or type(error).__name__
         message = _one_line(f"{error.filename}: {reason}" if error.filename else reason)
     return _failed(message, 2)
+
+
+def _going_on(argv: Sequence[str] | None) -> str:
+    """What to do after an interrupt, by command."""
+    command = next((word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")), "")
+    hints = {
+        "train": "; `--resume` goes on from the last whole epoch",
+        "compare": "; the same command goes on from the last whole epoch",
+    }
+    return hints.get(command, "")
 
 
 def _failed(message: str, status: int) -> int:
@@ -171,8 +186,9 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _copy(arguments: argparse.Namespace) -> int:
-    from .files import RecipeError, find, write_text
+    from .files import RecipeError, find, load, write_text
 
+    load(arguments.name)  # says what is wrong with it before it is copied
     source, target = find(arguments.name), arguments.file
     if target.exists():
         raise RecipeError(f"{target} is there already; give another name")
@@ -193,7 +209,7 @@ def _table(arguments: argparse.Namespace) -> int:
     with errors.status("") as status:
 
         def progress(text: str) -> None:
-            status.update(f"counting {text}")
+            status.update(f"counting {escape(text)}")
 
         if arguments.table == "bsconv":
             from .bsconv_table import bsconv_lines

@@ -72,6 +72,8 @@ def compare_variants(
         raise PadfreeError(f"--seeds is {seeds}; give 1 or more")
     if unknown := [name for name in variants if name not in known_variants(recipe)]:
         raise PadfreeError(f"no variant {unknown[0]!r}; there are {', '.join(known_variants(recipe))}")
+    if len(set(variants)) < len(variants):
+        raise PadfreeError(f"--variants {','.join(variants)} names one twice")
     folder = folder or Path("runs") / recipe.name.removesuffix(".yaml").lstrip("/.") / "compare"
     runs: dict[str, list[Progress]] = {variant: [] for variant in variants}
     for seed in range(seeds):
@@ -112,7 +114,7 @@ def show(outcomes: tuple[Outcome, ...], seeds: int, folder: Path) -> None:
     ]
     headings = ["variant", f"top-1 % ({seeds} seeds)", "by seed", "images/s", "MACs M", "params"]
     plain_table(headings, rows, console)
-    console.print(f"{folder / 'comparison.png'}", highlight=False, soft_wrap=True)
+    console.print(f"{folder / 'comparison.png'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def plot(recipe: Recipe, runs: dict[str, list[Progress]], target: Path) -> None:

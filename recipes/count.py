@@ -70,7 +70,7 @@ def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
     counter allows it; fvcore's tracing does not.
 
     Raises:
-        PadfreeError: the convention is unknown.
+        PadfreeError: the convention is unknown, or the network does not run on such an image, or not under it.
     """
     if convention not in get_args(Convention):
         raise PadfreeError(f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}")
@@ -79,12 +79,16 @@ def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
     image = torch.zeros(1, 3, input_side, input_side, device=device)
     params, bare = _params(model)
     conv_linear = pool_inputs = None
-    if convention == "bsconv":
-        flops, pool_inputs = _bsconv(ghost, image)
-    elif convention == "fvcore":
-        flops, conv_linear = _fvcore(ghost, image)
-    else:
-        flops = _modules(ghost, image)
+    try:
+        if convention == "bsconv":
+            flops, pool_inputs = _bsconv(ghost, image)
+        elif convention == "fvcore":
+            flops, conv_linear = _fvcore(ghost, image)
+        else:
+            flops = _modules(ghost, image)
+    except Exception as error:  # the network's own code, or a counter that knows no such layer
+        why = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        raise PadfreeError(f"{type(model).__name__} cannot be counted by {convention} on 3 channels: {why}") from error
     return Count(convention, params, bare, flops, conv_linear, pool_inputs)
 
 

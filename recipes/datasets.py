@@ -21,6 +21,7 @@ from .recipe import Recipe
 from .transforms import compose
 
 Transform = Callable[[Any], Tensor]
+_READERS = ("hfds", "hfids", "tfds", "torch", "wds")  # timm's that take a name
 
 
 class DataError(PadfreeError):
@@ -181,10 +182,14 @@ def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
 
     data = recipe.data
     split = data.train_split if train else data.eval_split
+    root = None if data.root is None else str(_root(recipe))
+    kind, slash, _ = str(data.reader).partition("/")
+    if slash and kind not in _READERS:  # timm would read it as a folder
+        raise DataError(f"data.reader {data.reader}: timm has no reader {kind!r}; there are {', '.join(_READERS)}")
     try:
         dataset = create_dataset(
             str(data.reader),
-            root=data.root,
+            root=root,
             split=split,
             is_training=train,
             download=data.download,
@@ -195,6 +200,12 @@ def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
         raise DataError(
             f"timm's reader {data.reader!r} cannot open split {split!r} at {data.root}: {type(error).__name__}: {error}"
         ) from error
+    found = getattr(getattr(dataset, "reader", None), "root", None)
+    everything = (
+        not slash and found is not None and root is not None and Path(str(found)).resolve() == Path(root).resolve()
+    )
+    if everything and Path(str(root)).is_dir():  # what timm falls back to
+        raise DataError(f"{root} has no folder for split {split!r}: put its images into {root}/{split}/<class>")
     dataset.transform = transform
     return dataset
 
@@ -212,7 +223,10 @@ _SOURCES: dict[str, Callable[[Recipe, bool, Transform], Any]] = {
 def _root(recipe: Recipe) -> Path:
     if recipe.data.root is None:
         raise DataError(f"recipe {recipe.name} names no data.root for {recipe.data.dataset}")
-    return Path(recipe.data.root).expanduser()
+    try:
+        return Path(recipe.data.root).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise DataError(f"data.root {recipe.data.root}: {error}") from error
 
 
 def _check(recipe: Recipe, dataset: Any, train: bool) -> None:
@@ -221,7 +235,9 @@ def _check(recipe: Recipe, dataset: Any, train: bool) -> None:
     where = recipe.data.root or recipe.data.dataset
     if len(dataset) == 0:
         raise DataError(f"{where}: the {split} set is empty")
-    classes = getattr(dataset, "classes", None) or getattr(dataset, "unique_class_names", None)
+    reader = getattr(dataset, "reader", None)  # of timm's
+    kept = getattr(dataset, "classes", None), getattr(dataset, "unique_class_names", None)
+    classes = next(filter(None, (*kept, getattr(reader, "class_to_idx", None))), None)
     if classes is not None and len(classes) != recipe.model.num_classes:
         raise DataError(
             f"{where}: the {split} set has {len(classes)} classes and the recipe says "

@@ -91,6 +91,7 @@ def evaluate_run(
     epoch = best.epoch if checkpoint == "best" else progress.done
     weights = folder / "checkpoints" / f"epoch-{epoch:04}" / WEIGHTS
     accelerator = Accelerator(cpu=cpu)
+    precision = _precision(recipe, about, accelerator.device)
     model = recipe.build(about["variant"])
     try:
         model.load_state_dict(load_file(weights))
@@ -98,7 +99,9 @@ def evaluate_run(
         kept = ", ".join(path.name for path in checkpoints(folder))
         raise RunError(f"{weights} does not fit the network ({error}); there are {kept}") from error
     model.to(accelerator.device)
-    scores = evaluate(model, eval_loader(accelerator, recipe), recipe, accelerator.device)
+    batches = eval_loader(accelerator, recipe)
+    with torch.autocast(accelerator.device.type, dtype=precision, enabled=precision is not None):
+        scores = evaluate(model, batches, recipe, accelerator.device)
     loss, top1, images = scores.compute()
     return {
         "recipe": recipe.name,
@@ -108,3 +111,11 @@ def evaluate_run(
         "loss": loss,
         "images": images,
     }
+
+
+def _precision(recipe: Recipe, about: dict[str, Any], device: torch.device) -> torch.dtype | None:
+    """What a run's network was tested in, where this device can; averaged weights are tested as they are."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(about.get("mixed_precision")))
+    if recipe.training.ema_decay is not None or (dtype is torch.float16 and device.type == "cpu"):
+        return None
+    return dtype

@@ -113,11 +113,12 @@ class _Loader(yaml.SafeLoader):
     """The safe loader, which says so when a mapping gives a key twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [pair for pair in node.value if pair[0].tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key, _ in own]
         for index, key in enumerate(keys):
             if key in keys[:index]:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", node.value[index][0].start_mark
+                    None, None, f"key {key!r} is given twice", own[index][0].start_mark
                 )
         return super().construct_mapping(node, deep)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from padfree.writing import check_target
 
@@ -59,14 +60,14 @@ def plain_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console:
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="left" if index < names else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 
 def _notes(notes: Sequence[tuple[Line, str]], mark: str, style: str, console: Console) -> None:
     for line, text in notes:
         note = f"{mark} {line.recipe} {line.variant}: {text}"
-        console.print(note, style=style, highlight=False, soft_wrap=True)
+        console.print(note, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(line: Line) -> list[str]:
@@ -95,4 +96,4 @@ def show_bsconv(lines: Sequence[BSConvLine], console: Console) -> None:
     for line in lines:
         for fault in (*line.off, *([line.skipped] if line.skipped else [])):
             note = f"OFF {line.architecture}: {fault}"
-            console.print(note, style="bold red", highlight=False, soft_wrap=True)
+            console.print(note, style="bold red", highlight=False, markup=False, soft_wrap=True)

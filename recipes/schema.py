@@ -42,7 +42,7 @@ class ModelSpec(Section):
         name: the model's name there (bsconv, torchvision and timm).
         arguments: further keyword arguments of the builder.
         strides: modules whose stride is set after building, by path (small inputs).
-        num_classes: logits.
+        num_classes: logits, at least 2.
         input_side: pixels of the square input.
     """
 
@@ -50,7 +50,7 @@ class ModelSpec(Section):
     name: str | None = None
     arguments: dict[str, Any] = {}
     strides: dict[str, PositiveInt] = {}
-    num_classes: PositiveInt
+    num_classes: Annotated[int, Field(strict=True, ge=2)]
     input_side: PositiveInt
 
     @model_validator(mode="after")
@@ -139,6 +139,12 @@ class SGDSpec(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> SGDSpec:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum over 0; set nesterov: false")
+        return self
 
 
 class AdamWSpec(Section):

@@ -123,6 +123,9 @@ def _compare(row: Row, counted: Count) -> tuple[tuple[str, ...], tuple[str, ...]
     measured, reference = _figures(counted), row.reference.model_dump(exclude_none=True)
     off = []
     for key, wanted in reference.items():
+        if key not in measured:
+            off.append(f"{key} is not counted by {counted.convention}; take it out of the recipe's figures")
+            continue
         got = measured[key]
         exact = key != "flops" or counted.convention == "bsconv"
         if got != wanted if exact else abs(got - wanted) > FVCORE_TOLERANCE * wanted:

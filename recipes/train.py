@@ -132,6 +132,7 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
             schedule.step()
             tested = evaluate(evaluated, test_batches, recipe, accelerator.device)
             progress = _log(accelerator, progress, number, rate, scores, tested, seconds)
+            step.check(torch.tensor(progress.epochs[-1].test_loss, device=accelerator.device), "after its last step")
             bar.tested(progress.epochs[-1].test_top1)
             save_checkpoint(accelerator, evaluated, folder, progress)
     accelerator.end_training()
@@ -178,12 +179,12 @@ class Step:
             total += loss.detach()
             self.bar.advance(len(images))
             if index % CHECK_EVERY == 0:
-                self.check(total, index)
+                self.check(total, f"by step {index}")
                 right = (logits.argmax(1) == targets).float().mean()
                 self.bar.trained(float(total) / index, 100 * float(right))
         if index == 0:
             raise TrainingError(f"epoch {self.number} gave no training images; look at data.train_samples")
-        self.check(total, index)
+        self.check(total, f"by step {index}")
         return scores, time.perf_counter() - start
 
     def losses(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,14 +197,14 @@ class Step:
             loss = loss + orthonormal_loss(own, settings.orthonormal_weight)
         return loss, logits
 
-    def check(self, total: Tensor, index: int) -> None:
+    def check(self, total: Tensor, when: str) -> None:
         """Stop, in all processes alike, once a loss was not finite."""
         if torch.isfinite(self.accelerator.reduce(total.clone(), "sum")):
             return
         saved = checkpoints(self.folder)
         kept = f"the last good checkpoint is {saved[-1]}" if saved else "no epoch was finished"
         raise TrainingError(
-            f"the loss is no longer finite in epoch {self.number}, by step {index} "
+            f"the loss is no longer finite in epoch {self.number}, {when} "
             f"(learning rate {self.optimizer.param_groups[0]['lr']:g}); {kept}; lower optimizer.lr or set "
             f"training.clip_norm"
         )

@@ -127,6 +127,20 @@ def test_exported_program_runs_at_other_batches_and_sides_down_to_the_smallest(t
         assert_close(program.module()(x), expected(model, x), rtol=1e-5, atol=1e-5)
 
 
+def test_exported_program_takes_maps_of_a_single_pixel(tmp_path):
+    """Whose channels are shuffled: the tracer would have it that no map is that small."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = padfree.convert(torchvision.models.shufflenet_v2_x0_5(), input_size=(3, 96, 96)).eval()
+    program = torch.export.load(to_exported_program(model, tmp_path / "model.pt2", (3, 96, 96))).module()
+    for sides in ((57, 57), (64, 57), (65, 96), (96, 96)):
+        x = images(2, 3, *sides)
+        assert_close(program(x), expected(model, x), rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError):
+        expected(model, images(1, 3, 56, 56))
+
+
 def test_fused_models_export_too(tmp_path):
     from padfree.fusion import fuse
 
