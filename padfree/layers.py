@@ -199,7 +199,7 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and tensor.dim() > 0 and old in tensor.shape:
+                if tensor is not None and tensor.dim() > 0 and (old in tensor.shape or name in _USUAL_NAMES):
                     shape = [channels if side == old else side for side in tensor.shape]
                     fresh = tensor.detach().new_full(shape, _fresh_value(name, tensor))
                     table[name] = nn.Parameter(fresh) if isinstance(tensor, nn.Parameter) else fresh
@@ -217,6 +217,9 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
             if not list(child.parameters()):
                 setattr(duplicate, name, nn.Identity())
     return duplicate
+
+
+_USUAL_NAMES = ("weight", "bias", "running_mean", "running_var")  # of norms over whole maps too
 
 
 def _fresh_value(name: str, tensor: Tensor) -> float:

@@ -266,6 +266,16 @@ def test_a_gate_is_no_activation():
     assert_close(block(x), y * torch.sigmoid(y.mean((2, 3), keepdim=True)))
 
 
+def test_a_norm_over_whole_maps_is_copied_fresh():
+    model = Net(Unit())
+    model.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, SIDE, SIDE]), nn.ReLU())
+    nn.init.constant_(model.stem[1].weight, 3.0)
+    nn.init.constant_(model.stem[1].bias, 7.0)
+    tail = padfree.convert(model, input_size=(3, SIDE, SIDE)).stem[2]
+    for norm in (tail.norm1, tail.norm2):
+        assert norm.weight.shape == (8, SIDE, SIDE) and (norm.weight == 1).all() and (norm.bias == 0).all()
+
+
 # -- sizes -----------------------------------------------------------------------------------------------------------
 
 
