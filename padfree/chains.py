@@ -42,10 +42,24 @@ class Chain:
 
     A 1x1 convolution of the sum, with the norm and the activation behind it, may be left to call or not: it `mixes`.
     What is `ahead` of the convolution is understood from number `start` on; or from somewhere inside a Sequential on,
-    which is `parted` then: into what is to be called `first`, and what has been understood.
+    which is `parted` then: into what is to be called `first`, and what has been understood. Its `gate` is a watch on
+    the Sequentials alone.
     """
 
-    __slots__ = ("_after", "_behind", "_conv", "_first", "_led", "_rest", "late", "mixes", "parted", "start", "watch")
+    __slots__ = (
+        "_after",
+        "_behind",
+        "_conv",
+        "_first",
+        "_led",
+        "_rest",
+        "gate",
+        "late",
+        "mixes",
+        "parted",
+        "start",
+        "watch",
+    )
 
     def __init__(
         self,
@@ -62,7 +76,7 @@ class Chain:
             found = _read(before, behind, beside, states, block, summed)
             lead = _lead(ahead, states, found)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
-            found, lead = _nothing_read(before, behind), _Lead(_NO_LEAD, ahead, ())
+            found, lead = _nothing_read(before, behind), _Lead(_NO_LEAD, ahead)
         modules = listed(before, behind, beside, ahead, block)
         self.watch = (refs(modules), tuple(states.values()), *_WORLD, *lead.read, *found.read)
         self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
@@ -70,6 +84,7 @@ class Chain:
         self.start = len(lead.first)
         self.parted = any(a is not b for a, b in zip(lead.first, ahead, strict=False)) or self.start > len(ahead)
         self._first, self._led = (refs(lead.first), refs(lead.led)) if self.parted else ((), ())
+        self.gate = (refs(ahead), lead.containers, *_NO_WORLD, *_NO_LEAD, *_NOTHING) if self.parted else ()
         self._rest, self._behind, self._after = refs(found.rest), refs(found.behind), refs(found.after or ())
 
     @property
@@ -173,10 +188,12 @@ class _Found(NamedTuple):
 
 
 def _nothing_read(before: Modules, behind: Modules) -> _Found:
-    return _Found((None, None, (), (), *_NO_MIX), before, False, behind, None)
+    return _Found(_NOTHING, before, False, behind, None)
 
 
 _NO_MIX = (None, None, 0, ())
+_NOTHING = (None, None, (), (), *_NO_MIX)
+_NO_WORLD: tuple[dict[str, Any], tuple[Any, ...]] = ({}, ())
 _NO_LEAD = (None, ())
 _WORLD = F.__dict__, tuple(part for pair in USUAL.items() for part in pair)
 
@@ -223,21 +240,23 @@ def _is_generated(block: nn.Module | None) -> bool:
 class _Lead(NamedTuple):
     read: tuple[Any, ...]  # a reference to the norm; activation, eps
     first: Modules  # what is to be called before
-    led: Modules
+    led: Modules = ()
+    containers: tuple[Any, ...] = ()  # the states of Sequentials that were taken apart
 
 
 def _lead(ahead: Modules, states: dict[int, tuple[Any, ...]], found: _Found) -> _Lead:
     """A norm at the end of these and the activation behind it, and what comes before them."""
-    flat = _flat(ahead, states) if found.read[0] is not None else ()
+    containers: dict[int, tuple[Any, ...]] = {}
+    flat = _flat(ahead, containers) if found.read[0] is not None else ()
     for start in range(len(flat)):
         looked_at: dict[int, tuple[Any, ...]] = {}
         parts = Parts(flat[start:], looked_at)
         norm, act = norm_and_act(parts, found.read[2][0])
         if norm is not None and not parts.left():  # what an activation alone works on in place, others may read
-            states |= looked_at
+            states |= containers | looked_at
             statistics, _, numbers = _ending(norm, act, None)
-            return _Lead((statistics, numbers), flat[:start], flat[start:])
-    return _Lead(_NO_LEAD, ahead, ())
+            return _Lead((statistics, numbers), flat[:start], flat[start:], tuple(containers.values()))
+    return _Lead(_NO_LEAD, ahead)
 
 
 def _flat(modules: Modules, states: dict[int, tuple[Any, ...]]) -> Modules:

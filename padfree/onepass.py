@@ -191,9 +191,7 @@ def _passed(
             first, led = led, ()
         elif not chain.parted:
             first, led = ahead[: chain.start], ahead[chain.start :]
-        elif again or not native.has_changed(
-            chain.watch, x, modules
-        ):  # containers are passed by: nobody else would see a hook
+        elif again or not native.has_changed(chain.gate, x, ahead):  # nobody else would see a Sequential's hook
             first, led = chain.first, chain.led
         else:
             continue

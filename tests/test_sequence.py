@@ -351,7 +351,9 @@ def test_has_changed():
     modules = chains.listed(before, (trunk[2],), (), ahead, trunk[1])
     assert not native.has_changed(found.watch, x, modules)
     trunk[1].register_forward_hook(plus_one)
-    assert native.has_changed(found.watch, x, modules)
+    assert native.has_changed(found.watch, x, modules) and not native.has_changed(found.gate, x, ahead)
+    trunk[0].register_forward_hook(plus_one)
+    assert native.has_changed(found.gate, x, ahead) and native.has_changed(found.gate, x, (trunk[2],))
     assert not chains.read(before, (trunk[2],), (), ahead, trunk[1], again=True).parted
 
 
