@@ -11,9 +11,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
-import textwrap
-import types
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -23,10 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from padfree.blame import cause, place_in_graph, place_in_model
 from padfree.errors import PadfreeError
 from padfree.guards import allow_single_pixels
+from padfree.onnx_check import check_onnx
 from padfree.record import check_input_size, default_input_size
 from padfree.recorder import first_line
+from padfree.samples import random_images, size_text
 from padfree.writing import check_target, replacing
 
 __all__ = ["to_exported_program", "to_onnx"]
@@ -36,9 +36,6 @@ _HINT = "Hint: a network tied to one image size takes dynamic_sides=False (--fix
 _TRACED_BATCH = 2
 _LARGER = (32, 64)  # pixels that the check of free sides adds to height and width
 _AXES = {0: "batch", 2: "height", 3: "width"}
-_LONGEST = 300  # characters of a reason
-_FAINT = 1e-2  # a smaller largest output is taken for this, since what makes it up may be larger
-_TOLERANCE = 1e-3  # of the largest output; the two runtimes round differently, a wrong file is off by about 1
 
 
 def to_onnx(
@@ -83,8 +80,9 @@ def to_onnx(
             )
             _name_axes(onnx_program, dynamic_sides)
     except Exception as error:
-        place = _module_of_node(program, model, error)
-        raise PadfreeError(f"{type(model).__name__} cannot be written as ONNX: {place}{_cause(error)}") from error
+        raise PadfreeError(
+            f"{type(model).__name__} cannot be written as ONNX: {_in_graph(program, model, error)}{cause(error)}"
+        ) from error
     written = onnx_program.model.opset_imports.get("")
     if written != opset:  # the exporter leaves its own where it cannot convert
         raise PadfreeError(f"the exporter writes {type(model).__name__} with opset {written}, not with {opset}")
@@ -95,7 +93,7 @@ def to_onnx(
             raise PadfreeError(
                 f"{type(model).__name__} does not fit into one ONNX file: {first_line(error)}"
             ) from error
-        _check_onnx(temporary, model, size, dynamic_sides)
+        check_onnx(temporary, model, size, _larger(size) if dynamic_sides else None, _HINT)
     return target
 
 
@@ -132,9 +130,8 @@ def to_exported_program(
         with _quietly():
             torch.export.save(program, content)
     except Exception as error:  # torch has no file form for every expression of a free side
-        place = _module_of_node(program, model, error)
         raise PadfreeError(
-            f"{type(model).__name__} cannot be saved as a program: {place}{_cause(error)}"
+            f"{type(model).__name__} cannot be saved as a program: {_in_graph(program, model, error)}{cause(error)}"
             + (f". {_HINT}" if dynamic_sides else "")
         ) from error
     with replacing(target) as temporary:
@@ -160,8 +157,7 @@ def _program(
     if training is not None:
         raise PadfreeError(f"`{training}` is in training mode; export writes inference: call model.eval() first")
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
-    tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    example = torch.rand((_TRACED_BATCH, *size), device=tensor.device).to(tensor.dtype)
+    example = random_images(model, size, _TRACED_BATCH)
     if dynamic_sides:
         _check_untied(model, size, example)
     free = [0] + (list(range(2, len(size) + 1)) if dynamic_sides else [])
@@ -186,26 +182,29 @@ def _check_untied(model: nn.Module, size: tuple[int, ...], example: torch.Tensor
             model(example.new_zeros((_TRACED_BATCH, *larger)))
             return
         except Exception as error:  # the model's own code, which may raise anything
-            place, why = _place(_deepest(model, error)), first_line(error)
+            place, why = place_in_model(model, error), first_line(error)
         try:
             model(example)
         except Exception:  # it takes neither: the export says why
             return
-    raise PadfreeError(f"{type(model).__name__} takes {_by(size)} and not {_by(larger)}: {place}{why}. {_HINT}")
+    raise PadfreeError(
+        f"{type(model).__name__} takes {size_text(size)} and not {size_text(larger)}: {place}{why}. {_HINT}"
+    )
 
 
 def _larger(size: tuple[int, ...]) -> tuple[int, ...]:
     return (*size[:-2], size[-2] + _LARGER[0], size[-1] + _LARGER[1])
 
 
-def _by(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
+def _in_graph(program: torch.export.ExportedProgram, model: nn.Module, error: Exception) -> str:
+    with _quietly():
+        return place_in_graph(program, model, error)
 
 
 def _export_failure(model: nn.Module, error: Exception, size: tuple[int, ...], dynamic_sides: bool) -> str:
-    shape = _by(size)
-    place = _place(_deepest(model, error))
-    text = f"{type(model).__name__} cannot be exported at {shape}: {place}{_cause(error)}"
+    shape = size_text(size)
+    place = place_in_model(model, error)
+    text = f"{type(model).__name__} cannot be exported at {shape}: {place}{cause(error)}"
     return f"{text}. {_HINT}" if dynamic_sides else text
 
 
@@ -242,110 +241,3 @@ def _name_axes(onnx_program: Any, dynamic_sides: bool) -> None:
             names.setdefault(symbol, name)
     if hasattr(onnx_program, "rename_axes"):  # an older torch keeps its own names
         onnx_program.rename_axes(names)
-
-
-def _check_onnx(path: Path, model: nn.Module, size: tuple[int, ...], dynamic_sides: bool) -> None:
-    """Run the file on one random image and compare; with free sides on a larger one too, if the model takes it.
-
-    Raises:
-        PadfreeError: onnx or ONNX Runtime refuses the file, or its outputs are not the model's, or not finite.
-    """
-    import onnx
-    import onnxruntime
-
-    try:
-        onnx.checker.check_model(str(path))
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise PadfreeError(
-            f"ONNX Runtime does not run the exported {type(model).__name__}: {first_line(error)}"
-        ) from error
-    _compare_onnx(session, model, size, "")
-    if dynamic_sides:
-        _compare_onnx(session, model, _larger(size), f". {_HINT}")
-
-
-def _compare_onnx(session: Any, model: nn.Module, size: tuple[int, ...], hint: str) -> None:
-    """Compare on one random image of `size`; with a `hint` the model itself need not take that size."""
-    tensor = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.rand((1, *size), generator=torch.Generator().manual_seed(0)).to(tensor.dtype)
-    shape = _by(size)
-    try:
-        with torch.no_grad():
-            expected = [t.cpu() for t in _leaves(model(image.to(tensor.device)))]
-    except Exception:
-        if hint:
-            return
-        raise
-    try:
-        found = session.run(None, {session.get_inputs()[0].name: image.numpy()})
-    except Exception as error:
-        raise PadfreeError(
-            f"ONNX Runtime does not run the exported {type(model).__name__} at {shape}: {first_line(error)}{hint}"
-        ) from error
-    for mine, theirs in zip(expected, map(torch.as_tensor, found), strict=True):
-        if not mine.isfinite().all():
-            raise PadfreeError(
-                f"the outputs of {type(model).__name__} itself at {shape} are not finite, so the file cannot be checked"
-            )
-        limit = _TOLERANCE * max(_FAINT, float(mine.abs().max()))
-        difference = float("inf")
-        if mine.shape == theirs.shape:
-            difference = float((mine.double() - theirs.double()).abs().max())
-        if not difference <= limit:
-            raise PadfreeError(
-                f"the exported {type(model).__name__} is off by {difference:.3g} in ONNX Runtime at {shape}"
-                f"{hint or '; report it'}"
-            )
-
-
-def _leaves(tree: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(tree)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def _deepest(model: nn.Module, error: BaseException) -> str | None:
-    """Path of the innermost module of `model` whose code the error passed through."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    found: str | None = None
-    trace: types.TracebackType | None = error.__traceback__
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and paths.get(id(owner)):
-            found = paths[id(owner)]
-        trace = trace.tb_next
-    return found
-
-
-def _module_of_node(program: torch.export.ExportedProgram, model: nn.Module, error: BaseException) -> str:
-    """Where the graph node that an error names comes from: "`path`: ", or "" if it names none."""
-    texts = []
-    cause: BaseException | None = error
-    while cause is not None:
-        texts.append(str(cause))
-        cause = cause.__cause__ or cause.__context__
-    named = re.search(r"node %?(\w+)", "\n".join(texts))
-    if named is None:
-        return ""
-    paths = {path for path, _ in model.named_modules()}
-    with _quietly():
-        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
-    for node in nodes:
-        if node.name == named[1]:
-            stack = list((node.meta.get("nn_module_stack") or {}).values())
-            inside = [str(entry[0]).removeprefix("L['self'].") for entry in stack]
-            return _place(next((path for path in reversed(inside) if path and path in paths), None))
-    return ""
-
-
-def _place(path: str | None) -> str:
-    return f"`{path}`: " if path else ""
-
-
-def _cause(error: BaseException) -> str:
-    """The first line of what started it, without the tracer's advice; symbolic sizes can make it very long."""
-    while (error.__cause__ or error.__context__) is not None:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return textwrap.shorten(f"{type(error).__name__}: {first_line(error)}", _LONGEST, placeholder=" ...")

@@ -15,6 +15,7 @@ from torch import nn
 from padfree.compare import minimum_input
 from padfree.errors import PadfreeError
 from padfree.record import record
+from padfree.samples import random_images, tensors
 
 __all__ = ["allow_single_pixels"]
 
@@ -51,11 +52,10 @@ def _smallest(model: nn.Module, size: tuple[int, ...]) -> int | None:
 
 
 def _agrees(program: torch.export.ExportedProgram, model: nn.Module, size: tuple[int, ...]) -> bool:
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    image = torch.rand((1, *size), generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    image = random_images(model, size)
     try:
         with torch.no_grad():
-            results = [_tensors(model(image)), _tensors(program.module()(image))]
+            results = [tensors(model(image)), tensors(program.module()(image))]
     except Exception:  # the model's own code, or a guard that is left
         return False
     return len(results[0]) == len(results[1]) and all(
@@ -63,7 +63,3 @@ def _agrees(program: torch.export.ExportedProgram, model: nn.Module, size: tuple
         for mine, theirs in zip(*results, strict=True)
         if mine.is_floating_point() and mine.numel()
     )
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
