@@ -3,7 +3,7 @@
 #define PADFREE_DEPTHWISE_H
 #include "_turn.h"
 
-enum { CLAMP, HARDSWISH, SILU };
+enum { CLAMP, HARDSWISH, SILU, GELU, GELU_TANH, LEAKY };
 enum { BESIDE, AFTER_ACTIVATION, BEFORE_NORM }; /* the maxima: a map of their own, or where they are added */
 enum { NO_EXTRA, INPUT, MAXIMA };                /* what is added after the 1x1 convolution: a residual */
 enum { NARROW = 16, TALL = 64 };                /* the sides of small maps, pixels */
@@ -11,7 +11,7 @@ enum { NARROW = 16, TALL = 64 };                /* the sides of small maps, pixe
 
 typedef struct { /* what follows a convolution: its bias, a norm and an activation */
     int act;
-    float low, high, eps;
+    float low, high, eps; /* low, high: of a clamp; low: the slope of a leak */
     const float *bias, *mean, *variance, *gain, *offset; /* NULL where there is none */
     float *scale, *shift, *added;                        /* channel by channel; added: the bias */
 } ending;
@@ -51,6 +51,18 @@ static inline float exponential(float v) {
     bits = (bits + 126) << 23;
     memcpy(&power, &bits, sizeof power);
     return (1.0f + r + r * r * (0.5f + r * tail)) * power * 2.0f;
+}
+
+/* v times half of 1 + erf(v / sqrt(2)), by Abramowitz and Stegun 7.1.26: erf to 1.5e-7. */
+static inline float gelu(float v) {
+    const float x = v * 0.70710678f, far = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * far);
+    const float series = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    const float most = 1.0f - series * exponential(-x * x);
+    return v * 0.5f * (1.0f + (x < 0.0f ? -most : most));
+}
+
+static inline float gelu_tanh(float v) { /* half of 1 + tanh(u) is 1 / (1 + e^(-2u)) */
+    return v / (1.0f + exponential(-1.59576912f * (v + 0.044715f * v * v * v)));
 }
 
 /* AT(a, b): what lies under row a and column b of the window; W(t): the weight of tap t. */
@@ -112,6 +124,9 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
         const float low = (E)->low, high = (E)->high;                                                                  \
         if ((E)->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                   \
         else if ((E)->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                      \
+        else if ((E)->act == GELU) FINISH(A, B, C, gelu(v));                                                           \
+        else if ((E)->act == GELU_TANH) FINISH(A, B, C, gelu_tanh(v));                                                 \
+        else if ((E)->act == LEAKY) FINISH(A, B, C, (v > 0.0f ? v : v * low));                                         \
         else FINISH(A, B, C, clamp(v, low, high));                                                                     \
     } while (0)
 

@@ -40,6 +40,7 @@ class Functional(enum.Enum):
     RELU6 = "relu6"
     HARDSWISH = "hardswish"
     SILU = "silu"
+    GELU = "gelu"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(...) -> (...)."""
@@ -56,17 +57,21 @@ class Functional(enum.Enum):
 
 Modules = tuple[nn.Module | Functional, ...]
 
-Activation = tuple[int, float, float]  # its kind, as in `_depthwise.h`, and what a clamp clamps to
-_CLAMP, _HARDSWISH, _SILU = range(3)
+Activation = tuple[int, float, float]  # its kind, as in `_depthwise.h`, and what a clamp clamps to, or a leak's slope
+_CLAMP, _HARDSWISH, _SILU, _GELU, _GELU_TANH, _LEAKY = range(6)
 NO_ACTIVATION: Activation = (_CLAMP, -math.inf, math.inf)
 
-_FUNCTIONS = ("conv2d", "batch_norm", "relu", "relu6", "hardtanh", "hardswish", "silu", "dropout", "dropout2d")
+_FUNCTIONS = (
+    *("conv2d", "batch_norm", "relu", "relu6", "hardtanh", "hardswish", "silu", "gelu", "leaky_relu"),
+    *("dropout", "dropout2d"),
+)
 USUAL = {name: getattr(F, name) for name in _FUNCTIONS}
 _ACTIVATIONS: dict[Any, Activation] = {
     nn.ReLU.forward: (_CLAMP, 0.0, math.inf),
     nn.Hardswish.forward: (_HARDSWISH, 0.0, 0.0),
     nn.SiLU.forward: (_SILU, 0.0, 0.0),
     Functional.RELU6: (_CLAMP, 0.0, 6.0),
+    Functional.GELU: (_GELU, 0.0, 0.0),
 }
 _ACTIVATIONS |= {
     Functional.RELU: _ACTIVATIONS[nn.ReLU.forward],
@@ -186,6 +191,12 @@ def _activation(act: Any) -> Activation | None:
         return _ACTIVATIONS[act]
     if not is_bare(act):
         return None
+    if has_usual(nn.GELU, act):
+        kinds = {"none": _GELU, "tanh": _GELU_TANH}
+        return (kinds[act.approximate], 0.0, 0.0) if act.approximate in kinds else None
+    if has_usual(nn.LeakyReLU, act):
+        slope = act.negative_slope
+        return (_LEAKY, float(slope), 0.0) if type(slope) in (int, float) and _is_float32(slope) else None
     if not has_usual(nn.Hardtanh, act):
         return _ACTIVATIONS.get(getattr(type(act), "forward", None))
     low, high = act.min_val, act.max_val

@@ -29,6 +29,8 @@ _KINDS: tuple[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]], ...] = (
     (nn.BatchNorm2d, ("forward", "_check_input_dim"), _NORM),
     (nn.Sequential, ("forward", "__iter__"), ()),
     (nn.Hardtanh, ("forward",), ("min_val", "max_val")),
+    (nn.GELU, ("forward",), ("approximate",)),
+    (nn.LeakyReLU, ("forward",), ("negative_slope",)),
     (nn.Module, ("forward",), ("training",)),
 )
 

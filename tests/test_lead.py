@@ -16,7 +16,7 @@ import padfree
 from padfree import chains, native, onepass
 from tests.guarded import run_alone
 from tests.strangers import Net, Unit
-from tests.test_onepass import LAYOUTS, built, chain, modules_only, passes, some_map
+from tests.test_onepass import LAYOUTS, PASSED_OF_ANYTHING, built, chain, modules_only, passes, some_map
 from tests.test_pointwise import FAR, mixing, threads
 
 pytestmark = built
@@ -38,7 +38,7 @@ def expansion(channels, act="relu", seed=0):
     window=st.sampled_from([(3, 0, 3, 0), (5, 1, 3, 0), (5, 2, 5, 2), (3, 1, 3, 1), (3, 0, 5, 1), (5, 1, 5, 1)]),
     ending=st.sampled_from(["sum", "mix", "late", "rest"]),
     layout=st.sampled_from(LAYOUTS),
-    act=st.sampled_from(["none", "relu", "relu6", "hardswish", "silu"]),
+    act=st.sampled_from(PASSED_OF_ANYTHING),
     seed=st.integers(0, 99),
     count=st.integers(1, 3),
 )
@@ -52,7 +52,7 @@ def test_any_map(shape, window, ending, layout, act, seed, count):
         "sum": ((conv, bn, activation), ()),
         "mix": ((conv, bn, activation), tuple(behind)),
         "late": ((conv,), (bn, activation, *behind)),
-        "rest": ((conv, bn, nn.GELU()), tuple(behind)),
+        "rest": ((conv, bn, nn.Mish()), tuple(behind)),
     }
     before, after = sequences[ending]
     with torch.inference_mode(), threads(count), leads() as seen:

@@ -100,7 +100,7 @@ def test_networks_of_torchvision(name, found, layout):
 @built
 @settings(max_examples=60, deadline=None)
 @given(
-    act=st.sampled_from(["relu", "relu6", "hardswish", "silu", "gelu"]),
+    act=st.sampled_from(["relu", "relu6", "hardswish", "silu", "gelu", "mish"]),
     gate=st.booleans(),
     channels=st.sampled_from([8, 16, 24]),
     wrapped=st.sampled_from(["no", "twice", "flat ahead", "norm apart"]),
@@ -121,7 +121,7 @@ def test_any_trunk(act, gate, channels, wrapped, layout, side):
         y = model(x)
     assert len(seen) == 1
     # an activation that is not understood is called where it stands, and so is all that follows it
-    whole = act != "gelu" and wrapped != "flat ahead"
+    whole = act != "mish" and wrapped != "flat ahead"
     assert not whole or seen == ["led AFTER_ACTIVATION" if gate else "led mixed"]
     assert_close(y, expected_of(model, x), **FAR)
 
