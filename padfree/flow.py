@@ -54,9 +54,10 @@ class Flow(Maps):
 
     def linear_step(self, value: int) -> int | None:
         """The value after the one norm, constant scale or shift, or view that reads `value`."""
-        op = self.sole_consumer(value)
-        if op is None or not op.outputs:
+        readers = self.consumers(value)  # that the model returns it too makes no other network
+        if len(readers) != 1 or not self.ops[readers[0]].outputs:
             return None
+        op = self.ops[readers[0]]
         kind = plain_kind(op)
         if op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1):
             return op.outputs[0]
@@ -65,10 +66,10 @@ class Flow(Maps):
     def chain(self, value: int) -> Chain:
         """The norm and activation that follow the convolution output `value`."""
         norm, norm_path, current, normed = None, "", value, False
-        while (after := self.linear_step(current)) is not None and not self.dropped(current):
+        while (after := self.linear_step(current)) is not None:
             op = self.ops[self.values[after].producer]
             is_norm = op.kind in NORMS
-            if (is_norm and normed) or self._in_other_block(op, value):
+            if (is_norm and normed) or self.in_other_block(op, value):
                 break
             if is_norm or self._scales_channels(op):
                 norm_path = norm_path or self.norm_module(op)
@@ -98,10 +99,6 @@ class Flow(Maps):
             op = self.sole_consumer(value)
             value = op.outputs[0] if op is not None and plain_kind(op) in VIEWS else None
         return value
-
-    def dropped(self, value: int) -> bool:
-        """Whether a module that only acts in training (dropout with p > 0) passes `value` on."""
-        return bool(self.acting(value))
 
     def acting(self, value: int) -> list[str]:
         """Paths of the modules that pass `value` on, and only act in training."""
@@ -146,10 +143,10 @@ class Flow(Maps):
         nothing but `value`.
         """
         readers = self.consumers(value)
-        if not readers or value in self.recording.outputs or self.dropped(value):
+        if not readers:
             return None, ""
         first = self.ops[readers[0]]
-        if self._in_other_block(first, value):
+        if self.in_other_block(first, value):
             return None, ""
         for call in reversed([c for c in self.recording.ancestors(first.call) if c.inputs == (value,)]):
             if all(index in call.ops for index in readers) and self._pointwise(call):
@@ -166,7 +163,7 @@ class Flow(Maps):
                 continue
             kind = plain_kind(op)
             fits = kind in NONLINEAR | AFFINE | VIEWS | LIKE and known.issuperset(op.inputs)
-            if not fits or self._in_other_block(op, value):
+            if not fits or self.in_other_block(op, value):
                 return None
             known.update(op.outputs)
             bends = bends or kind in NONLINEAR
@@ -185,7 +182,7 @@ class Flow(Maps):
             value = op.outputs[0]
         return value
 
-    def _in_other_block(self, op: Op, value: int) -> bool:
+    def in_other_block(self, op: Op, value: int) -> bool:
         """Whether `op` lies in a module that `value` only enters and that has convolutions of its own.
 
         The norm and activation that a pre-activation block begins with are the block's, not those of the

@@ -490,3 +490,79 @@ def test_variables_that_functions_share_are_shared_by_the_copys():
     assert converted.tell() is converted.block
     converted.swap()
     assert converted.tell() is None and tell() is net.block
+
+
+# -- who else reads --------------------------------------------------------------------------------------------------
+
+
+class Tapped(nn.Module):
+    """A network that also hands out, or joins to its result, what its stem makes on the way."""
+
+    def __init__(self, tap, use):
+        super().__init__()
+        self.tap, self.use = tap, use
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.down = Unit()
+
+    def forward(self, x):
+        made = {"conv": self.conv(x)}
+        made["bn"] = self.bn(made["conv"])
+        made["act"] = self.act(made["bn"])
+        y = self.down(self.pool(made["act"]))
+        if self.use == "returned":
+            return y, made[self.tap]
+        if self.use == "joined":
+            return torch.cat((F.interpolate(y, size=made[self.tap].shape[2:])[:, :8], made[self.tap]), 1)
+        return y
+
+
+TAPS = [("conv", "returned"), ("bn", "returned"), ("act", "returned"), ("conv", "joined"), ("act", "joined")]
+
+
+@pytest.mark.parametrize(("tap", "use"), TAPS)
+def test_what_is_tapped_of_a_stem_makes_no_other_network(tap, use):
+    torch.manual_seed(0)
+    plain, tapped = Tapped(tap, ""), Tapped(tap, use)
+    tapped.load_state_dict(plain.state_dict())
+    x = images()
+    first, second = (convert(model, rules=("stem", "depthwise")).eval() for model in (plain, tapped))
+    assert "pool.conv_pw.weight" in first.state_dict()
+    assert list(first.state_dict()) == list(second.state_dict())
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        result, shown = first(x), second(x)
+        kept = plain.eval().conv(x)
+        if tap != "conv":
+            kept = plain.bn(kept)
+        kept = F.relu(kept) if tap == "act" else kept
+        expected = torch.cat((F.interpolate(result, size=kept.shape[2:])[:, :8], kept), 1)
+    assert_close(shown[0] if use == "returned" else shown, result if use == "returned" else expected)
+    assert_close(shown[1] if use == "returned" else kept, kept)
+
+
+class TappedUnit(nn.Module):
+    def __init__(self, tap):
+        super().__init__()
+        self.tap = tap
+        self.stem, self.unit = nn.Conv2d(3, 8, 3, 1, 1), Unit()
+
+    def forward(self, x):
+        unit = self.unit
+        made = [unit.conv(self.stem(x))]
+        made.append(unit.bn(made[0]))
+        return F.relu(made[1]), made[self.tap]
+
+
+@pytest.mark.parametrize("tap", [0, 1])
+def test_what_is_tapped_of_a_strided_chain(tap):
+    model = TappedUnit(tap).eval()
+    made = padfree.convert(model, input_size=(3, SIDE, SIDE), rules=("depthwise",))
+    x = images()
+    with torch.no_grad():
+        y = model.stem(x)
+        conv = F.conv2d(y, model.unit.conv.weight, model.unit.conv.bias, 2, groups=model.unit.conv.groups)
+        normed = model.unit.bn(conv)
+        found = made(x)
+    assert_close(found[0], F.relu(normed) + F.max_pool2d(y, 3, 2))
+    assert_close(found[1], (conv, normed)[tap])

@@ -90,13 +90,22 @@ def test_default_input_sizes_of_others() -> None:
     assert default_input_size(nn.Sequential(nn.Conv3d(3, 4, 3))) == (3, 16, 224, 224)
 
 
-@pytest.mark.parametrize(("p", "merged_after"), [(0.0, "act"), (0.5, "norm")])
-def test_a_chain_passes_only_drop_modules_that_never_act(p: float, merged_after: str) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("merged_after", ["act", "norm"])
+def test_what_drops_in_training_makes_no_other_network(p: float, merged_after: str) -> None:
     unit = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.BatchNorm2d(8), nn.Dropout2d(p), nn.ReLU())
     model = net(unit).eval()
-    converted = padfree.convert(model, input_size=(3, 16, 16), rules=("depthwise",))
+    merge = "activation" if merged_after == "act" else "norm"
+    options = padfree.Options(merge=merge)
+    converted = padfree.convert(model, input_size=(3, 16, 16), rules=("depthwise",), options=options)
     x = torch.randn(2, 8, 16, 16)
     normed = model[1][1](F.conv2d(x, model[1][0].weight, model[1][0].bias, stride=2, groups=8))
     pooled = F.max_pool2d(x, 3, 2)
     expected = F.relu(normed) + pooled if merged_after == "act" else F.relu(normed + pooled)
     torch.testing.assert_close(converted[1](x), expected)
+    drop = converted[1][2].train()
+    torch.manual_seed(0)
+    trained = converted[1](x)
+    torch.manual_seed(0)
+    expected = F.relu(drop(normed)) + pooled if merged_after == "act" else F.relu(drop(normed + pooled))
+    torch.testing.assert_close(trained, expected)

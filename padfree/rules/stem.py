@@ -7,9 +7,10 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
    that act as one, or by a BSConv pair; its kernel is odd, at least 3, and overlaps its neighbours (kernel > stride:
    no patchify);
 2. the network has an odd stride-2 conv or a 3x3 stride-2 max-pool: else there is nothing to convert;
-3. a 3x3 p1 max-pool of stride s = 1 or 2 that alone reads the stem's output is absorbed;
-4. where the stem conv has neither norm nor activation and the network goes on with norm -> act, the tail
-   takes the pre-activation form;
+3. a 3x3 p1 max-pool of stride s = 1 or 2 that reads the stem's output is absorbed, if no other pool or conv does;
+   skip connections and the model's caller go on to get that output;
+4. where the stem conv has neither norm nor activation and the network goes on with norm -> act in another block, or
+   beside a residual of the conv's output, the tail takes the pre-activation form;
 5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
    the forward of a module other than the root, which is re-forwarded: where only the root calls the stem's parts,
    the last of them.
@@ -26,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from padfree.downsampling import block_for
 from padfree.errors import Refusal
 from padfree.flow import Chain
-from padfree.kinds import MAX_POOLS, NORMS, plain_kind
+from padfree.kinds import AFFINE, AVG_POOLS, MAX_POOLS, NORMS, plain_kind
 from padfree.layers import StemTail
 from padfree.recorder import Op
 from padfree.rule import Editor, Example, Rule, register
@@ -89,26 +90,30 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     if len(recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
         raise Refusal("its module does not run exactly once in a forward")
     chain = site.chain
+    following = _following(sites, chain.end()) if chain.norm is None and chain.act is None else None
+    if following is not None and not _is_preact(sites, following):  # a skip connection reads the raw output too
+        chain = following
     if chain.act_last:
         raise Refusal("its activation reads a map laid out (N, H, W, C), which a hybrid tail's would not")
     end = chain.end()
     pool = _absorbed(sites, end)
     stride = 1 if pool is None else _first(pool.args[0][2])
     value = end if pool is None else pool.outputs[0]
-    norm, act, preact = chain.norm_path, chain.act_path, False
+    norm, act, norm_last, preact = chain.norm_path, chain.act_path, chain.norm_last, False
     function = _function(sites, chain)
     if chain.norm is None and chain.act is None:
         following = _following(sites, value)
         if following is not None:
-            chain, preact = following, True
+            preact = True
             norm, act, function = following.norm_path, following.act_path, _function(sites, following)
+            norm_last = following.norm_last
     if norm and act.startswith(f"{norm}."):
         act = ""  # the norm's copy brings its activation along (timm's BatchNormAct2d)
     detail: dict[str, Any] = {
         "op": conv.op, "channels": conv.out_channels, "stride": stride, "norm": norm, "act": act,
-        **function, "preact": int(preact), "value": value, "norm_last": int(chain.norm_last),
+        **function, "preact": int(preact), "value": value, "norm_last": int(norm_last),
     }  # fmt: skip
-    place = recording.calls[pool.call].path if pool is not None else site.chain.act_path
+    place = recording.calls[pool.call].path if pool is not None else chain.act_path
     block = ""
     detail["absorbs"] = int(pool is not None)
     if place and _replaceable(sites, place):
@@ -118,7 +123,9 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
         block = call.path
     else:
-        bare = chain.norm is None and chain.act is None  # a norm or activation that was not seen may follow
+        bare = (
+            chain.norm is None and chain.act is None and not preact
+        )  # a norm or activation that was not seen may follow
         block = _tail_block(sites, conv, value, besides=(conv.path,) if bare else ())
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
@@ -145,9 +152,11 @@ def _tail_block(sites: Sites, conv: Conv, value: int, besides: tuple[str, ...]) 
 
 
 def _absorbed(sites: Sites, end: int) -> Op | None:
-    op = sites.flow.sole_consumer(end)
-    if op is None or op.kind not in MAX_POOLS:
+    readers = [sites.flow.ops[index] for index in sites.flow.consumers(end)]
+    entering = [op for op in readers if op.kind == "convolution" or op.kind in MAX_POOLS | AVG_POOLS]
+    if len(entering) != 1 or entering[0].kind not in MAX_POOLS:
         return None
+    (op,) = entering
     args = [*op.args[0], None, None, None, None][1:6]
     kernel, stride, padding, dilation, ceil = args
     plain = _both(dilation) in ((1, 1), ()) and not ceil
@@ -189,6 +198,15 @@ def _following(sites: Sites, value: int) -> Chain | None:
         if act is not None:
             return Chain(value, op.outputs[0], act, sites.recording.calls[op.call].path, path)
     return None
+
+
+def _is_preact(sites: Sites, following: Chain) -> bool:
+    """Whether the norm behind a raw stem output is a block's own: of another module, or beside a residual."""
+    flow, raw = sites.flow, following.conv
+    readers = [flow.ops[index] for index in flow.consumers(raw)]
+    norm = next(op for op in readers if op.kind in NORMS)
+    residual = any(plain_kind(op) in AFFINE and len(op.inputs) > 1 for op in readers)
+    return residual or flow.in_other_block(norm, raw)
 
 
 def _replaceable(sites: Sites, path: str) -> bool:
