@@ -5,14 +5,14 @@
 
 enum { REF, KIND, COUNT, METHODS, SETTINGS, HOOKS, REPLACED, ALTERED, CHILDREN }; /* a state, as `padfree.watch` makes it */
 
-/* Whether these references, in this order, lead to these objects; None is its own reference. */
+/* Whether these references, in this order, lead to these objects; what is no reference stands for itself. */
 static int lead_to(PyObject *refs, PyObject *objects) {
     const size count = PyTuple_Size(refs);
     int same = PyObject_Size(objects) == count;
     for (size i = 0; same && i < count; i++) {
         PyObject *ref = PyTuple_GetItem(refs, i), *object = PySequence_GetItem(objects, i);
-        PyObject *found = ref == Py_None ? ref : PyWeakref_GetObject(ref);
-        same = object != NULL && found == object && (ref == Py_None || object != Py_None);
+        PyObject *found = PyWeakref_Check(ref) ? PyWeakref_GetObject(ref) : ref;
+        same = object != NULL && found == object && (found == ref || object != Py_None);
         Py_XDECREF(object);
     }
     return same;

@@ -16,6 +16,7 @@ from torch import nn
 
 from padfree.understood import (
     NO_ACTIVATION,
+    PATCHED,
     USUAL,
     Activation,
     Modules,
@@ -25,7 +26,7 @@ from padfree.understood import (
     is_pointwise,
     norm_and_act,
 )
-from padfree.watch import has_usual, is_bare, refs, state
+from padfree.watch import has_usual, is_bare, objects, refs, state
 
 __all__ = ["CHAIN", "Chain", "Modules", "has_joining", "is_reduction", "listed", "read"]
 
@@ -70,15 +71,18 @@ class Chain:
         block: nn.Module | None,
         summed: bool,
     ) -> None:
-        self._conv = weakref.ref(before[0], functools.partial(_forget, _KNOWN, id(before[0])))
+        conv = before[0]  # something that was set in its place may have no weak references
+        gone = functools.partial(_forget, _KNOWN, id(conv))
+        self._conv = weakref.ref(conv, gone) if isinstance(conv, nn.Module) else None
         states: dict[int, tuple[Any, ...]] = {}
+        world = _world()
         try:
             found = _read(before, behind, beside, states, block, summed)
             lead = _lead(ahead, states, found)
         except Exception:  # whatever a class of the user's raises when it is looked at, its modules can be called
             found, lead = _nothing_read(before, behind), _Lead(_NO_LEAD, ahead)
         modules = listed(before, behind, beside, ahead, block)
-        self.watch = (refs(modules), tuple(states.values()), *_WORLD, *lead.read, *found.read)
+        self.watch = (refs(modules), tuple(states.values()), F.__dict__, world, *lead.read, *found.read)
         self.late = found.late  # the norm and the activation stand behind the sum, and nothing between
         self.mixes = found.after is not None
         self.start = len(lead.first)
@@ -90,27 +94,27 @@ class Chain:
     @property
     def first(self) -> Modules:
         """Parted: what is to be called before the pass."""
-        return tuple([ref() for ref in self._first])
+        return objects(self._first)
 
     @property
     def led(self) -> Modules:
         """Parted: what the pass begins with."""
-        return tuple([ref() for ref in self._led])
+        return objects(self._led)
 
     @property
     def rest(self) -> Modules:
         """What is left to call before the sum."""
-        return tuple([ref() for ref in self._rest]) if self._rest else ()
+        return objects(self._rest)
 
     @property
     def behind(self) -> Modules:
         """What is left to call on the sum."""
-        return tuple([ref() for ref in self._behind]) if self._behind else ()
+        return objects(self._behind)
 
     @property
     def after(self) -> Modules:
         """What is left to call on the result of the 1x1 convolution, its norm and its activation."""
-        return tuple([ref() for ref in self._after]) if self._after else ()
+        return objects(self._after)
 
 
 def is_reduction(module: object) -> bool:
@@ -162,7 +166,8 @@ def read(
     known = _KNOWN.get(id(before[0]))
     if known is None or again:
         known = Chain(before, behind, beside, ahead, block, summed)
-        _KNOWN[id(before[0])] = known
+        if known._conv is not None:
+            _KNOWN[id(before[0])] = known
     return known
 
 
@@ -195,7 +200,14 @@ _NO_MIX = (None, None, 0, ())
 _NOTHING = (None, None, (), (), *_NO_MIX)
 _NO_WORLD: tuple[dict[str, Any], tuple[Any, ...]] = ({}, ())
 _NO_LEAD = (None, ())
-_WORLD = F.__dict__, tuple(part for pair in USUAL.items() for part in pair)
+
+
+def _world() -> tuple[Any, ...]:
+    """The functions that forwards call now, by name, as `_unchanged.c` takes them."""
+    return tuple(part for name in USUAL for part in (name, getattr(F, name, None)))
+
+
+_USUAL_WORLD = tuple(part for pair in USUAL.items() for part in pair)
 
 
 def _read(
@@ -211,8 +223,11 @@ def _read(
         states[id(module)] = state(module)
     parts = Parts(before, states)
     conv = parts.first()
-    patched = any(getattr(F, name, None) is not usual for name, usual in USUAL.items())
-    if patched or not (is_depthwise(conv) and all(is_bare(module) for module in around) and _is_generated(block)):
+    if (
+        PATCHED
+        or _world() != _USUAL_WORLD
+        or not (is_depthwise(conv) and all(is_bare(module) for module in around) and _is_generated(block))
+    ):
         return _nothing_read(before, behind)
     parts.take()
     channels = int(conv.in_channels)

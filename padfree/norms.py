@@ -71,7 +71,8 @@ def _watched(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
     twin = object.__new__(type(norm))
     twin.__dict__.update(norm.__dict__)
     twin.__dict__["_modules"] = {name: _StandIn(name, called) for name in norm._modules}
-    x = torch.empty(2, norm.num_features, 3, 3).normal_(generator=torch.Generator().manual_seed(0))
+    like: Any = norm.running_mean
+    x = torch.randn(2, norm.num_features, 3, 3, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
     watch = _Watch()
     with torch.no_grad(), watch:
         result = twin.forward(x)

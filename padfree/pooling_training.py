@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from padfree import native
 
@@ -36,7 +37,9 @@ class MaxPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scatter (N, C, h, w) to (N, C, H, W): here, or where somebody looks on by the built-in's own operator."""
         (places,), window = ctx.saved_tensors, ctx.window
-        grad = grads[0].contiguous(memory_format=ctx.layout)
+        grad = grads[0]
+        if torch._C._has_storage(grad):  # a batch of gradients has no layout
+            grad = grad.contiguous(memory_format=ctx.layout)
         # The operator asks this stand-in only for its shape and layout.
         like = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.layout)
         taps = ctx.pitch == window[0] and native.takes(grad, *window[:2])
@@ -54,9 +57,15 @@ def watched() -> bool:
         torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
+        or (torch._C._len_torch_function_stack() > 0 and _has_function_mode())
         or forward_ad._current_level >= 0
     )
+
+
+def _has_function_mode() -> bool:
+    """Whether a mode sees functions; a default device, which torch makes a mode of, does not concern this."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in modes)
 
 
 def out_side(side: int, kernel: int, stride: int, padding: int) -> int:
@@ -73,9 +82,10 @@ def _plainly(grad: torch.Tensor, taps: torch.Tensor, layout: torch.memory_format
     """Whether this is a first-order gradient, and both tensors are ordinary (hooks may have replaced the taps)."""
     if watched() or (torch.is_grad_enabled() and grad.requires_grad):
         return False
-    own = all(type(t) is torch.Tensor and t.is_cpu and torch._C._has_storage(t) for t in (grad, taps))
+    if not all(type(t) is torch.Tensor and t.is_cpu and torch._C._has_storage(t) for t in (grad, taps)):
+        return False
     dense = all(t.is_contiguous(memory_format=layout) for t in (grad, taps))
-    return own and dense and taps.dtype is torch.uint8 and taps.shape == grad.shape
+    return dense and taps.dtype is torch.uint8 and taps.shape == grad.shape
 
 
 def _offsets(x: torch.Tensor, kernel: int, stride: int, padding: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from padfree.norms import children_behind
-from padfree.watch import has_usual, is_bare, state
+from padfree.watch import has_usual, is_bare, is_torchs, state
 
 __all__ = [
     "NO_ACTIVATION",
+    "PATCHED",
     "USUAL",
     "Activation",
     "Functional",
@@ -66,6 +67,7 @@ _FUNCTIONS = (
     *("dropout", "dropout2d"),
 )
 USUAL = {name: getattr(F, name) for name in _FUNCTIONS}
+PATCHED = not all(map(is_torchs, USUAL.values()))  # by the time padfree was imported: nothing is understood then
 _ACTIVATIONS: dict[Any, Activation] = {
     nn.ReLU.forward: (_CLAMP, 0.0, math.inf),
     nn.Hardswish.forward: (_HARDSWISH, 0.0, 0.0),
@@ -78,7 +80,8 @@ _ACTIVATIONS |= {
     Functional.HARDSWISH: _ACTIVATIONS[nn.Hardswish.forward],
     Functional.SILU: _ACTIVATIONS[nn.SiLU.forward],
 }
-_NOTHING = {nn.Identity.forward, nn.Dropout.forward, nn.Dropout2d.forward}  # in eval mode
+_ACTIVATIONS = {key: found for key, found in _ACTIVATIONS.items() if isinstance(key, Functional) or is_torchs(key)}
+_NOTHING = set(filter(is_torchs, (nn.Identity.forward, nn.Dropout.forward, nn.Dropout2d.forward)))  # in eval mode
 
 
 class Parts:

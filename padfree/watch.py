@@ -6,13 +6,16 @@ mode, another setting or child is a change. Nothing here keeps a module alive.
 
 from __future__ import annotations
 
+import os
+import types
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-__all__ = ["has_usual", "is_bare", "refs", "state"]
+__all__ = ["has_usual", "is_bare", "is_torchs", "objects", "refs", "state"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What an attribute of the instance would stand before: functions of the class, parameters and buffers.
@@ -39,8 +42,25 @@ def _functions(kind: type, names: Sequence[str]) -> list[Any]:
     return [getattr(kind, name) for name in names]
 
 
-_USUAL = {base: _functions(base, names) for base, names, _ in _KINDS[:-1]}
-_USUAL_CALL = _functions(nn.Module, _CALLING)
+_PLACE = os.path.dirname(torch.__file__)
+
+
+def is_torchs(function: object) -> bool:
+    """Whether this is a function of torch's own, rather than one that somebody put in its place."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return function is None or isinstance(function, (types.BuiltinFunctionType, types.WrapperDescriptorType))
+    return str(code.co_filename).startswith(_PLACE)
+
+
+def _own(base: type[nn.Module], names: Sequence[str]) -> list[Any] | None:
+    """The functions of a class that has all of them from torch; None, which no class has, of one that was patched."""
+    functions = _functions(base, names)
+    return functions if all(map(is_torchs, functions)) else None
+
+
+_USUAL = {base: _own(base, names) for base, names, _ in _KINDS[:-1]}
+_USUAL_CALL = _own(nn.Module, _CALLING)
 
 
 def has_usual(base: type[nn.Module], module: object) -> bool:
@@ -90,5 +110,17 @@ def _is_plain(value: object) -> bool:
 
 
 def refs(modules: Iterable[object]) -> tuple[Any, ...]:
-    """Weak references, and None for None."""
-    return tuple(None if module is None else weakref.ref(module) for module in modules)
+    """Weak references; None, and what cannot be referred to weakly (some callables), for itself."""
+    return tuple(_ref(module) for module in modules)
+
+
+def objects(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What `refs` were made of, and None for what is gone."""
+    return tuple([each() if isinstance(each, weakref.ref) else each for each in found]) if found else ()
+
+
+def _ref(module: Any) -> Any:
+    try:
+        return None if module is None else weakref.ref(module)
+    except TypeError:
+        return module

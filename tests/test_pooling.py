@@ -172,11 +172,12 @@ def test_a_training_step_on_several_threads(layout, threads):
 
 
 @pytest.mark.parametrize("looked_on", ["batched", "flops", "sums", "replaced"])
-def test_a_backward_pass_that_is_looked_on_is_the_builtins(looked_on, by_extension):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_a_backward_pass_that_is_looked_on_is_the_builtins(looked_on, layout, by_extension):
     from torch.utils.flop_counter import FlopCounterMode
 
     def step(pool):
-        x = some_map((2, 4, 13, 17), levels=2).requires_grad_()
+        x = some_map((2, 4, 13, 17), levels=2).contiguous(memory_format=layout).requires_grad_()
         if looked_on == "replaced":  # hooks that keep what is saved in another form
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda t: t.short() if t.dtype is torch.uint8 else t, lambda t: t
@@ -487,7 +488,7 @@ def test_an_absorbed_max_pool_is_the_same_object_made_fast(setting):
 
 def test_the_module_imports_nothing_but_torch_and_the_extension():
     code = (
-        "import os, sys, types, torch, torch.autograd.forward_ad;"
+        "import os, sys, types, torch, torch.autograd.forward_ad, torch.utils._device;"
         "package = sys.modules['padfree'] = types.ModuleType('padfree');"
         "package.__path__ = [os.path.dirname(sys.argv[1])]; before = set(sys.modules);"
         "allowed = {'padfree.' + name for name in ('pooling', 'pooling_training', 'native', '_maxpool')};"
