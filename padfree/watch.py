@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 __all__ = ["has_usual", "is_bare", "is_torchs", "objects", "refs", "state"]
@@ -42,7 +41,8 @@ def _functions(kind: type, names: Sequence[str]) -> list[Any]:
     return [getattr(kind, name) for name in names]
 
 
-_PLACE = os.path.dirname(torch.__file__)
+_MODULES = os.path.join("nn", "modules", "module.py")
+_PLACE = nn.Module.extra_repr.__code__.co_filename.removesuffix(_MODULES)  # a frozen program has no path to torch
 
 
 def is_torchs(function: object) -> bool:
