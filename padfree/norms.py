@@ -6,25 +6,24 @@ and its children are made of, and do so when a stand-in is run while every funct
 
 from __future__ import annotations
 
-import dis
-import functools
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from padfree.forwards import Calls, names_no_more
 
 __all__ = ["children_behind"]
 
-_GLOBALS = [torch, F, nn, nn.BatchNorm2d, torch._assert, F.batch_norm]
-_BUILTINS = {"super", "float"}
-_NAMES = {  # attributes: a norm's own, those of modules and functions that compute no more than it, a tensor's rank
-    *("training", "momentum", "track_running_stats", "num_batches_tracked", "eps", "num_features", "affine"),
-    *("running_mean", "running_var", "weight", "bias", "add_", "forward", "nn", "functional", "BatchNorm2d"),
-    *("batch_norm", "_assert", "ndim", "dim", "jit", "is_scripting"),
-}
+_NAMES = frozenset(  # attributes: a norm's own, those of modules and functions that compute no more than it, a rank
+    (
+        *("training", "momentum", "track_running_stats", "num_batches_tracked", "eps", "num_features", "affine"),
+        *("running_mean", "running_var", "weight", "bias", "add_", "forward", "nn", "functional", "BatchNorm2d"),
+        *("batch_norm", "_assert", "ndim", "dim", "jit", "is_scripting"),
+    )
+)
+_COUNTED = ("num_batches_tracked",)  # in train mode
 
 
 def children_behind(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
@@ -33,10 +32,9 @@ def children_behind(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
     Args:
         norm: in eval mode, with a forward of its own; it is not changed.
     """
-    names = tuple(norm._modules)
     forwards = [vars(owner)["forward"] for owner in type(norm).__mro__ if "forward" in vars(owner)]
     own = forwards[: forwards.index(nn.BatchNorm2d.forward)] if nn.BatchNorm2d.forward in forwards else None
-    if norm.training or own is None or not all(_names_no_more(forward, names) for forward in own):
+    if norm.training or own is None or not all(_is_a_norms(forward, tuple(norm._modules)) for forward in own):
         return None
     try:
         return _watched(norm)
@@ -44,26 +42,10 @@ def children_behind(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
         return None
 
 
-@functools.lru_cache(maxsize=256)
-def _names_no_more(forward: Any, children: tuple[str, ...]) -> bool:
-    """Whether a function reads and writes nothing but a norm's attributes and children, and torch's modules."""
-    if not isinstance(forward, types.FunctionType) or forward.__code__.co_freevars not in ((), ("__class__",)):
-        return False
-    for step in dis.get_instructions(forward):
-        name, value = step.opname, step.argval
-        if name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            found = forward.__globals__.get(value, ...)
-            if not (any(found is known for known in _GLOBALS) or (found is ... and value in _BUILTINS)):
-                return False
-        elif name in ("STORE_ATTR", "DELETE_ATTR"):
-            if value != "num_batches_tracked":  # counted in train mode
-                return False
-        elif name in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
-            if value not in _NAMES and value not in children:
-                return False
-        elif name in ("MAKE_FUNCTION", "IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_SUBSCR", "YIELD_VALUE"):
-            return False
-    return True
+def _is_a_norms(forward: Any, children: tuple[str, ...]) -> bool:
+    functions = (nn.BatchNorm2d, torch._assert, F.batch_norm)
+    names = _NAMES.union(children)
+    return names_no_more(forward, names, functions=functions, builtins=("super", "float"), written=_COUNTED)
 
 
 def _watched(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
@@ -73,12 +55,13 @@ def _watched(norm: nn.BatchNorm2d) -> tuple[str, ...] | None:
     twin.__dict__["_modules"] = {name: _StandIn(name, called) for name in norm._modules}
     like: Any = norm.running_mean
     x = torch.randn(2, norm.num_features, 3, 3, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
-    watch = _Watch()
-    with torch.no_grad(), watch:
+    calls = Calls()
+    with torch.no_grad(), calls:
         result = twin.forward(x)
-    if len(watch.norms) != 1 or watch.others:
+    norms = [(_ordered(*args, **settings), out) for func, args, settings, out in calls.seen if func is F.batch_norm]
+    if len(norms) != 1 or any(func is not F.batch_norm and func not in _HARMLESS for func, *_ in calls.seen):
         return None
-    arguments, out = watch.norms[0]
+    arguments, out = norms[0]
     expected = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, norm.eps)
     same = all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(arguments, expected, strict=True))
     for _, given, passed_on in called:
@@ -95,23 +78,6 @@ class _StandIn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = x.view_as(x)
         self.note[1].append((self.note[0], x, out))
-        return out
-
-
-class _Watch(TorchFunctionMode):
-    """Keeps the arguments of each `F.batch_norm`, and counts what may not be there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms: list[tuple[tuple[Any, ...], torch.Tensor]] = []
-        self.others = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is F.batch_norm:
-            self.norms.append((_ordered(*args, **(kwargs or {})), out))
-        elif func not in _HARMLESS:
-            self.others += 1
         return out
 
 

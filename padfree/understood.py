@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from padfree.activations import function_behind
 from padfree.norms import children_behind
 from padfree.watch import has_usual, is_bare, is_torchs, state
 
@@ -201,10 +202,19 @@ def _activation(act: Any) -> Activation | None:
         slope = act.negative_slope
         return (_LEAKY, float(slope), 0.0) if type(slope) in (int, float) and _is_float32(slope) else None
     if not has_usual(nn.Hardtanh, act):
-        return _ACTIVATIONS.get(getattr(type(act), "forward", None))
+        forward = getattr(type(act), "forward", None)
+        return _ACTIVATIONS.get(forward) or _of_one_function(forward)
     low, high = act.min_val, act.max_val
     plain = all(type(limit) in (int, float) and _is_float32(limit) for limit in (low, high)) and low <= high
     return (_CLAMP, float(low), float(high)) if plain else None
+
+
+def _of_one_function(forward: Any) -> Activation | None:
+    function, settings = function_behind(forward) or (None, {})
+    if settings == {"approximate": "tanh"} and function is F.gelu:
+        return (_GELU_TANH, 0.0, 0.0)
+    found = None if settings else Functional.of(function)
+    return None if found is None else _ACTIVATIONS[found]
 
 
 def _is_float32(number: float) -> bool:
