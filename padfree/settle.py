@@ -37,13 +37,30 @@ class Trials:
         operations, _ = self.attempt(groups)
         if operations is not None:
             return groups, operations, []
-        reasons = {group: why for group in groups if (why := self._untraceable(group))}
-        sound = [group for group in groups if group not in reasons]
+        reasons = {group: why for group in groups if (why := self._untraceable(group.matches))}
+        untraceable = set(reasons)
+        sound = [group for group in groups if group not in untraceable]
         operations, _ = self.attempt(sound) if reasons else (None, "")
         if operations is not None:
-            return sound, operations, _skips(groups, reasons)
+            return sound, operations, self._skips(groups, reasons, untraceable)
         kept, operations = self._grow(sound, reasons)
-        return kept, operations, _skips([group for group in groups if group not in kept], reasons)
+        return kept, operations, self._skips([group for group in groups if group not in kept], reasons, untraceable)
+
+    def _skips(self, groups: list[Group], reasons: dict[Group, str], untraceable: set[Group]) -> list[Skip]:
+        """Each match of the groups that were given up, with the reason, and whose it is where that is another one."""
+        found: list[Skip] = []
+        for group in groups:
+            if group not in reasons:
+                continue
+            matches = group.matches if group in untraceable else ()
+            own = {match: why for match in matches if (why := self._untraceable((match,)))}
+            first = next(iter(own.items()), None)
+            for match in group.matches:
+                why = own.get(match, reasons[group])
+                if first is not None and match not in own:
+                    why = f"`{first[0].name}` enters the same map and cannot be converted: {first[1]}"
+                found.append(Skip(match.name, why, match.rule, group.domain))
+        return found
 
     def _grow(self, groups: list[Group], reasons: dict[Group, str]) -> tuple[list[Group], tuple[Operation, ...]]:
         kept: list[Group] = []
@@ -64,9 +81,9 @@ class Trials:
             waiting = failed
         return kept, best
 
-    def _untraceable(self, group: Group) -> str:
+    def _untraceable(self, matches: tuple[Match, ...]) -> str:
         try:
-            self.operations([group])
+            self.operations([Group(matches[0].domain, matches)])
         except PadfreeError as refusal:
             return str(refusal)
         return ""
@@ -112,12 +129,3 @@ class Trials:
         resized = [operation.path for operation in operations if hasattr(operation, "shape")]
         given = {op.path: dict(op.values) for op in operations if isinstance(op, SetAttributes)}
         verify(recording, trial, allow_resize=self.options.allow_resize, resized=resized, given=given)
-
-
-def _skips(groups: Iterable[Group], reasons: dict[Group, str]) -> list[Skip]:
-    return [
-        Skip(match.name, reasons[group], match.rule, group.domain)
-        for group in groups
-        if group in reasons
-        for match in group.matches
-    ]

@@ -12,6 +12,7 @@ from torch import nn
 
 import padfree
 from padfree.errors import NothingToConvertError, PlanError
+from tests.strangers import Unit
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,37 @@ def test_what_never_had_anything_to_convert_is_refused_with_what_was_seen() -> N
 def test_an_input_the_model_does_not_take_is_refused_with_a_hint(mobilenet: nn.Module) -> None:
     with pytest.raises(padfree.PadfreeError, match=r"does not run on a 7x64x64 input.*Hint: pass input_size"):
         padfree.plan(mobilenet, input_size=(7, 64, 64))
+
+
+class Forked(nn.Module):
+    """Two strided branches that meet; the forward of one of them cannot be replaced by a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.plain, self.odd = nn.Conv2d(3, 8, 3, padding=1), Unit(), Counting()
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.plain(y) + self.odd(y)
+
+
+class Counting(Unit):
+    def forward(self, x):
+        self.count = getattr(self, "count", 0) + 1
+        return super().forward(x)
+
+
+def test_the_match_that_stops_a_domain_is_named():
+    class Twofold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.forked, self.more = Forked(), Unit()
+
+        def forward(self, x):
+            return self.more(self.forked(x))
+
+    plan = padfree.plan(Twofold(), input_size=(3, 32, 32), rules=("depthwise",))
+    reasons = {skip.name: skip.reason for skip in plan.skips}
+    assert [match.name for match in plan.matches] == ["more.conv"]
+    assert "`forked.odd`" in reasons["forked.odd.conv"] and "same map" not in reasons["forked.odd.conv"]
+    assert reasons["forked.plain.conv"].startswith("`forked.odd.conv` enters the same map and cannot be converted: ")
