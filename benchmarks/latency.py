@@ -2,6 +2,7 @@
 
     python -m benchmarks.latency --json latency.json > latency.md
     python -m benchmarks.latency --networks ghostnet --sides 32 --runtimes eager onnxruntime
+    python -m benchmarks.latency --networks timm:mobilenetv4_conv_small --sides 224 --batches 1 --runtimes eager
 
 Every network is built as the original and as its padding-free form, which is also run with plain max-pools
 ("naive"); all three take turns in one process, one thread. The table gives ratios, run by run; the JSON also
@@ -28,6 +29,7 @@ from torch import nn
 import padfree
 from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
 from padfree import onepass, pooling
+from padfree.sources import Source
 
 PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
 NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
@@ -56,10 +58,13 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
     if name in ("efficientnet_b0", "resnet50"):
         if side < 61:
             raise NotHere("its padding-free form halves six times and needs 61 pixels")
-        import timm
-
-        original = timm.create_model(name)
-        return original.eval(), padfree.convert(original, input_size=(3, side, side)).eval()
+        name = f"timm:{name}"
+    if ":" in name:
+        try:
+            original = Source.from_dict(name).create().eval()
+            return original, padfree.convert(original, input_size=(3, side, side)).eval()
+        except padfree.PadfreeError as error:  # no such model, or none that such an image fits into
+            raise NotHere(str(error)) from error
     recipe = {32: "cifar100-second/", 224: "vegfru-292/"}[side] + name
     if name == "resnet20":
         if side != 32:
@@ -221,10 +226,27 @@ def _cell(value: dict[str, float] | None) -> str:
     return "same graph" if value is None else f"{value['median']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
 
 
+def network(name: str) -> str:
+    """A network's name, as given on the command line.
+
+    Raises:
+        ArgumentTypeError: there is no such network.
+    """
+    if name in NETWORKS:
+        return name
+    try:
+        if ":" in name:
+            return str(Source.from_dict(name))
+        raise padfree.PadfreeError(f"no network {name!r}; there are {', '.join(NETWORKS)}, and timm:NAME")
+    except padfree.PadfreeError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    known = f"{', '.join(NETWORKS)}; or a library's, such as timm:resnet18"
+    parser.add_argument("--networks", nargs="+", type=network, metavar="NAME", default=NETWORKS, help=known)
     parser.add_argument("--sides", nargs="+", type=int, choices=SIDES, default=SIDES)
     parser.add_argument("--batches", nargs="+", type=int, help="default: 1 and 32 at 32 pixels, 1 and 8 at 224")
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=RUNTIMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import pytest
@@ -113,3 +114,14 @@ def test_the_pass_is_measured_beside_its_modules(layout: str) -> None:
     *_, heads, _, last = onepass.table(rows, clock.machine()).splitlines()
     assert heads.endswith("| layout | apart | together | together / apart |")
     assert last.startswith(f"| a mix | {layout} | ")
+
+
+def test_latency_of_any_librarys_network() -> None:
+    assert latency.network("ghostnet") == "ghostnet" and latency.network("timm:lcnet_035") == "timm:lcnet_035"
+    with pytest.raises(argparse.ArgumentTypeError, match="no network 'ghostnets'; there are mobilenetv3-large"):
+        latency.network("ghostnets")
+    original, converted = latency.build("timm:lcnet_035", 64)
+    assert converted.padfree_plan.input_size == (3, 64, 64) and not converted.training
+    assert original(torch.randn(1, 3, 64, 64)).shape == converted(torch.randn(1, 3, 64, 64)).shape
+    with pytest.raises(latency.NotHere, match="timm has no model 'nope'"):
+        latency.build("timm:nope", 224)
