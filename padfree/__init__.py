@@ -3,6 +3,7 @@
 model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
+from padfree import export
 from padfree.compare import Comparison, compare
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.errors import PadfreeError
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "compare",
     "convert",
+    "export",
     "fuse",
     "is_converted",
     "load",

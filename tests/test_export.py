@@ -1,6 +1,7 @@
 """ONNX files and exported programs against the models they came from, down to the smallest image."""
 
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -331,3 +332,8 @@ def test_a_network_tied_to_its_windows_is_known_before_it_is_traced(tmp_path, mo
             to_onnx(model, tmp_path / "a.onnx", (3, 28, 28))
         with pytest.raises(padfree.PadfreeError, match="traced"):
             to_onnx(model, tmp_path / "a.onnx", (3, 28, 28), dynamic_sides=False)
+
+
+def test_importing_padfree_is_enough():
+    command = [sys.executable, "-c", "import padfree; print(padfree.export.to_onnx.__name__)"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "to_onnx\n"

@@ -65,7 +65,7 @@ def imported(path: Path) -> set[str]:
         else:
             continue
         found |= {name.split(".")[1] if "." in name else "" for name in names if name.split(".")[0] == "padfree"}
-    public = set(padfree.__all__) - {"compare", "convert"}
+    public = set(padfree.__all__) - {"compare", "convert", "export"}
     return {"" if name in public else name for name in found}
 
 
