@@ -123,9 +123,8 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
         block = call.path
     else:
-        bare = (
-            chain.norm is None and chain.act is None and not preact
-        )  # a norm or activation that was not seen may follow
+        # a norm or activation that was not seen may follow
+        bare = chain.norm is None and chain.act is None and not preact
         block = _tail_block(sites, conv, value, besides=(conv.path,) if bare else ())
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
