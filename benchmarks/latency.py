@@ -4,31 +4,28 @@
     python -m benchmarks.latency --networks ghostnet --sides 32 --runtimes eager onnxruntime
     python -m benchmarks.latency --networks timm:mobilenetv4_conv_small --sides 224 --batches 1 --runtimes eager
 
-Every network is built as the original and as its padding-free form, which is also run with plain max-pools
-("naive"); all three take turns in one process, one thread. The table gives ratios, run by run; the JSON also
-the milliseconds. A network, side or runtime that is not to be had here is named with its reason and left out.
+Every network is built as the original and as its padding-free form; in eager mode both are also run in their
+deployment form (`padfree.fuse`). All of them take turns in one process, one thread. The table gives ratios, run by
+run; the JSON also the milliseconds. A network, side or runtime that is not to be had here is named with its reason
+and left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import math
-import operator
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import padfree
 from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
-from padfree import onepass, pooling
 from padfree.sources import Source
 
 PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
@@ -36,12 +33,6 @@ NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
 SIDES = (32, 224)
 BATCHES = {32: (1, 32), 224: (1, 8)}
 RUNTIMES = ("eager", "eager channels_last", "compile", "onnxruntime")
-GOALS = {  # padfree / original, geometric mean over the paper's networks
-    "eager": {32: 0.92, 224: 1.08},
-    "eager channels_last": {32: 0.90, 224: 1.03},
-    "onnxruntime": {32: 0.90, 224: 0.98},
-    "compile": {32: 0.90, 224: 0.98},
-}
 Call = Callable[[], object]
 
 
@@ -79,25 +70,6 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
         raise NotHere(f"{type(error).__name__}: {error}") from error
 
 
-@contextlib.contextmanager
-def pools(pool: Callable[..., torch.Tensor], add: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Every pool and every sum of converted networks by these functions (of `padfree.pooling`'s signatures).
-
-    The convolutions, norms and activations beside them run as modules, one by one.
-    """
-    usual = pooling._pool, pooling._add, onepass._plainly_computing
-    pooling._pool, pooling._add, onepass._plainly_computing = pool, add, lambda: False
-    try:
-        yield
-    finally:
-        pooling._pool, pooling._add, onepass._plainly_computing = usual
-
-
-def plain_pools() -> contextlib.AbstractContextManager[None]:
-    """Every pool as `nn.MaxPool2d` would compute it, every sum as `+` would."""
-    return pools(lambda x, kernel, stride, padding: F.max_pool2d(x, kernel, stride, padding), operator.add)
-
-
 def runner(
     original: nn.Module, converted: nn.Module, side: int, runtime: str
 ) -> Callable[[torch.Tensor], dict[str, Call]]:
@@ -109,16 +81,12 @@ def runner(
         sessions = {name: _session(model, side) for name, model in models.items()}
         return lambda x: {name: functools.partial(session, x) for name, session in sessions.items()}
     layout = torch.channels_last if runtime.endswith("channels_last") else torch.contiguous_format
-    first, second = (model.to(memory_format=layout) for model in models.values())
+    models |= {f"fused {name}": padfree.fuse(model, input_size=(3, side, side)) for name, model in models.items()}
+    laid_out = {name: model.to(memory_format=layout) for name, model in models.items()}
 
     def calls(x: torch.Tensor) -> dict[str, Call]:
         image = x.contiguous(memory_format=layout)
-
-        def naive() -> None:
-            with plain_pools():
-                second(image)
-
-        return {"original": lambda: first(image), "padfree": lambda: second(image), "naive": naive}
+        return {name: functools.partial(model, image) for name, model in laid_out.items()}
 
     return calls
 
@@ -182,9 +150,8 @@ def _row(
     row: dict[str, Any] = {"network": name, "side": side, "batch": batch, "runtime": runtime}
     row["ms"] = milliseconds(timings)
     row["padfree/original"] = ratio(timings, "padfree", "original")
-    if "naive" in timings:
-        row["padfree/naive"] = ratio(timings, "padfree", "naive")
-        row["naive/original"] = ratio(timings, "naive", "original")
+    if "fused padfree" in timings:
+        row["fused"] = ratio(timings, "fused padfree", "fused original")
     progress(f"{name} {side} x{batch} {runtime}: {row['padfree/original']['median']:.3f}")
     return row
 
@@ -202,7 +169,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The Markdown report."""
     lines = [f"Ratios of latency on {title(about)}; median of runs taken in turns (quartiles).", ""]
     lines += [
-        "| network | side | batch | runtime | padfree / original | padfree / naive |",
+        "| network | side | batch | runtime | padfree / original | fused / fused original |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -210,20 +177,19 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         if "skipped" in row:
             lines.append(f"{start}| left out: {row['skipped']} | |")
         else:
-            lines.append(f"{start}| {_cell(row['padfree/original'])} | {_cell(row.get('padfree/naive'))} |")
+            lines.append(f"{start}| {_cell(row['padfree/original'])} | {_cell(row.get('fused'))} |")
     lines += ["", "Geometric means over the paper's networks:", ""]
-    lines += ["| runtime | side | batch | networks | padfree / original | goal | padfree / naive |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    naive = means(rows, "padfree/naive")
+    lines += ["| runtime | side | batch | networks | padfree / original | fused / fused original |"]
+    lines += ["|---|---|---|---|---|---|"]
+    fused = means(rows, "fused")
     for (runtime, side, batch), (mean, count) in means(rows, "padfree/original").items():
-        goal = GOALS.get(runtime, {}).get(side, "")
-        other = f"{naive[runtime, side, batch][0]:.3f}" if (runtime, side, batch) in naive else "same graph"
-        lines.append(f"| {runtime} | {side} | {batch} | {count} | {mean:.3f} | {goal} | {other} |")
+        other = f"{fused[runtime, side, batch][0]:.3f}" if (runtime, side, batch) in fused else ""
+        lines.append(f"| {runtime} | {side} | {batch} | {count} | {mean:.3f} | {other} |")
     return "\n".join(lines)
 
 
 def _cell(value: dict[str, float] | None) -> str:
-    return "same graph" if value is None else f"{value['median']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+    return "" if value is None else f"{value['median']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
 
 
 def network(name: str) -> str:

@@ -30,7 +30,7 @@ _KINDS = {  # what an operator's name begins with, by kind; the first that fits 
     "matrix product": ("mm", "addmm", "bmm", "gemm", "matmul", "linear"),
     "norm": ("native_batch_norm", "batchnorm"),
     "max-pool": ("max_pool", "maxpool", "maximum"),
-    "one pass": ("depthwise",),  # depthwise convolution, norm, activation, max-pool and sum by the C extension
+    "chain": ("chain",),  # a whole strided chain by one operator, in fused networks
     "concatenation": ("cat", "concat"),
     "sum": ("add",),
     "layout": ("copy", "clone", "reorder", "transpose"),

@@ -9,15 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from padfree.native import Extra
-from padfree.onepass import quick, stem_tail
 from padfree.pooling import max_pool, shortcut_pool
 
 
@@ -67,14 +64,7 @@ class StemPool(nn.MaxPool2d):
         return max_pool(input, 3, self.step, 1)
 
 
-_USUAL_FORWARD = StemPool.forward
-
-
-def _is_usual(pool: nn.Module) -> bool:
-    return type(pool) is StemPool and StemPool.forward is _USUAL_FORWARD
-
-
-def _quickened(pool: nn.Module) -> nn.Module:
+def _absorbed(pool: nn.Module) -> nn.Module:
     """An absorbed 3x3 `nn.MaxPool2d` with padding 1 becomes a `StemPool`: same object, hooks and settings."""
     if type(pool) is nn.MaxPool2d and not pool.ceil_mode and not pool.return_indices:
         settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
@@ -126,7 +116,7 @@ class StemTail(nn.Module):
         self.conv_dw = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
         self.norm1 = _or_identity(norms[0])
         self.act1 = _or_identity(acts[0])
-        self.pool = _quickened(end) if end is not None and absorbs else StemPool(stride)
+        self.pool = _absorbed(end) if end is not None and absorbs else StemPool(stride)
         self.conv_pw = nn.Conv2d(2 * channels, channels, 1, bias=False)
         self.norm2 = _or_identity(norms[1])
         self.act2 = _or_identity(acts[1])
@@ -135,10 +125,6 @@ class StemTail(nn.Module):
         """Run the tail on the stem's output."""
         if self.has_end:
             x = self.end(x)
-        if not torch.jit.is_scripting() and not self.preact:  # type: ignore[attr-defined]
-            found = self._at_once(x)
-            if found is not None:
-                return found
         pooled = self.pool(x)
         if self.preact:
             # norm and act copies may work in place, so x is pooled first and kept out of their reach
@@ -150,22 +136,6 @@ class StemTail(nn.Module):
         if self.residual:
             out = out + (x if self.conv_dw.stride[0] == 1 else pooled)
         return out
-
-    @torch.jit.unused
-    def _at_once(self, x: Tensor) -> Tensor | None:
-        """Both branches, and what follows them, in one pass; None where they must be called one by one."""
-        if not quick():
-            return None
-        pool, *modules = _IN_ORDER(self._modules)
-        if not _is_usual(pool):
-            return None
-        extra = Extra.NOTHING
-        if self.residual:
-            extra = Extra.INPUT if pool.step == 1 else Extra.MAXIMA
-        return stem_tail(x, tuple(modules[:3]), pool, (3, pool.step, 1), tuple(modules[3:]), extra)
-
-
-_IN_ORDER = itemgetter("pool", "conv_dw", "norm1", "act1", "conv_pw", "norm2", "act2")
 
 
 class LastChannelNorm(nn.Module):

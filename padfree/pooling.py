@@ -1,4 +1,4 @@
-"""The two max-pools of a padding-free network and the shortcut's sum, as functions that know how to be fast.
+"""The two max-pools of a padding-free network, as functions that know how to be fast.
 
 `shortcut_pool` stands beside a strided conv (3x3, stride 2, no padding in most families), `max_pool` in the
 stem tail (3x3, stride 1 or 2, padding 1). Both return the values of `torch.nn.functional.max_pool2d` (NaN
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from padfree import native
 from padfree.pooling_training import MaxPool, cacheful, out_side, watched
 
-__all__ = ["add_shortcut", "max_pool", "ordinary", "shortcut_pool", "watched"]
+__all__ = ["max_pool", "ordinary", "shortcut_pool", "watched"]
 
 Path = Literal["native", "plain", "channels_last", "separable"]
 
@@ -78,26 +78,6 @@ def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.T
         return F.max_pool2d(x, kernel, stride, padding)
     else:
         return _pool(x, kernel, stride, padding)
-
-
-def add_shortcut(y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    """`y + pooled`, into the memory of `pooled` where nobody can tell: two of (N, C, h, w) -> the same.
-
-    Args:
-        y: what the strided conv's chain made; hooks and taps may have kept it, so it is never written to.
-        pooled: a result of `shortcut_pool` that nothing else reads.
-    """
-    if torch.jit.is_scripting():  # type: ignore[attr-defined]
-        return y + pooled
-    else:
-        return _add(y, pooled)
-
-
-def _add(y: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
-    if torch.compiler.is_compiling() or type(y) is not torch.Tensor or type(pooled) is not torch.Tensor or watched():
-        return y + pooled
-    alike = y.dtype is pooled.dtype and y.shape == pooled.shape and y.stride() == pooled.stride()
-    return pooled.add_(y) if alike else y + pooled
 
 
 def _pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:

@@ -12,17 +12,14 @@ import itertools
 import keyword
 import linecache
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from padfree import onepass
-from padfree.chains import CHAIN
 from padfree.errors import LockedStateError, PadfreeError, Refusal
-from padfree.quicken import IN_SEQUENCE, QUICK, chain_of, named_chain, quickened, two_bodies
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
 Locked = tuple[tuple[str, Any], ...]
@@ -31,44 +28,12 @@ _MARK = "_padfree_base"
 NEW = "padfree_"
 
 
-def graph_source(graph: fx.Graph, reductions: Collection[str] = ()) -> tuple[str, Names]:
+def graph_source(graph: fx.Graph) -> tuple[str, Names]:
     """The Python source of a graph's forward and where its globals come from.
-
-    Args:
-        graph: a block's forward.
-        reductions: as `padfree.quicken.quickened` takes them.
 
     Raises:
         Refusal: it uses an object that cannot be imported by name, or a child that cannot be named.
     """
-    source, found = _written(graph)
-    quick = quickened(graph, reductions)
-    if quick is not None:
-        faster, others = _written(quick)
-        both = {"torch": torch, QUICK: onepass.quick, **found, **others}
-        if all(both[name] is value for name, value in (*found.items(), *others.items())):
-            source, found = two_bodies(source, faster), both
-            chain = chain_of(quick)
-            if chain is not None:
-                source += "\n" + named_chain(_written(chain)[0])
-    return source, _names(found)
-
-
-def sequence_source() -> tuple[str, Names]:
-    """The same for a Sequential whose children next to a chain take part in its pass."""
-    return IN_SEQUENCE, _names({"torch": torch, QUICK: onepass.quick, "padfree_onepass_sequence": onepass.sequence})
-
-
-def is_chain(source: str) -> bool:
-    """Whether a block with this source is a strided chain and nothing besides."""
-    return f"def {CHAIN}(" in source
-
-
-def _names(found: dict[str, Any]) -> Names:
-    return tuple(_name(name, value) for name, value in sorted(found.items()))
-
-
-def _written(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
     for node in graph.nodes:
         words = str(node.target).split(".") if node.op in ("call_module", "get_attr") else []
         if reserved := next(filter(keyword.iskeyword, words), None):
@@ -76,7 +41,7 @@ def _written(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
                 f"it calls `{node.target}`, and `{reserved}` is a word of Python's own; name the child otherwise"
             )
     code = graph.python_code("self")
-    return code.src.strip() + "\n", code.globals
+    return code.src.strip() + "\n", tuple(_name(name, value) for name, value in sorted(code.globals.items()))
 
 
 def _name(name: str, value: Any) -> tuple[str, str, str]:
@@ -152,10 +117,10 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         "__reduce_ex__": _reduce,
     }
     if source:
-        members |= _compile(base, source, names)
+        members["forward"] = _compile(base, source, names)
         if locked:
             members["__setattr__"] = _locking_setattr(base, dict(locked))
-        if issubclass(base, nn.Sequential) and source != IN_SEQUENCE:  # which runs whatever children there are
+        if issubclass(base, nn.Sequential):
             members |= _sequential_members(base)
     for name in FUSERS:
         if callable(getattr(base, name, None)):
@@ -181,17 +146,16 @@ def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Mo
 _count = itertools.count()  # of generated sources, so that no two share a file name
 
 
-def _compile(base: type[nn.Module], source: str, names: Names) -> dict[str, Any]:
-    """The functions that the source defines, by name."""
+def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
+    """The forward that the source defines."""
     filename = f"<padfree {base.__module__}.{base.__qualname__} {next(_count)}>"
     namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
     namespace["__name__"] = base.__module__
     exec(compile(source, filename, "exec"), namespace)  # our own text, from a graph
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    made = {name: namespace[name] for name in ("forward", CHAIN) if name in namespace}
-    for name, function in made.items():
-        function.__module__, function.__qualname__ = base.__module__, f"{base.__qualname__}.{name}"
-    return made
+    forward = namespace["forward"]
+    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
+    return forward
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

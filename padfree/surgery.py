@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from padfree.chains import has_joining, is_reduction
 from padfree.errors import Refusal
 from padfree.kinds import AVG_POOLS, data_input
 from padfree.leaves import plain_forward
 from padfree.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
-from padfree.pooling import add_shortcut, shortcut_pool
+from padfree.pooling import shortcut_pool
 from padfree.record import Call
-from padfree.reforward import FUSERS, NEW, graph_source, is_chain, original_class, sequence_source
+from padfree.reforward import FUSERS, NEW, graph_source, original_class
 from padfree.site import Conv
 from padfree.sites import Sites
 from padfree.specs import Spec
@@ -25,8 +24,6 @@ from padfree.trace import TracedBlock, trace_block
 from padfree.types import Options
 
 TraceCache = dict[str, TracedBlock | Refusal]
-
-
 """Traced blocks by path, or why they cannot be traced, shared by trials of one recording."""
 
 
@@ -38,11 +35,6 @@ class BlockEdit:
         self.children: list[tuple[str, Spec]] = []
         self._now: dict[fx.Node, fx.Node] = {}
         self._taken = set(taken)
-
-    def reductions(self, module: nn.Module) -> set[str]:
-        """Children, new and old, that begin with a strided depthwise convolution."""
-        new = {name for name, spec in self.children if spec.kind == "depthwise_reduction"}
-        return new | {name for name, child in module._modules.items() if is_reduction(child)}
 
     def node(self, value: int) -> fx.Node:
         """The node that made a recorded value, or what stands for it now, after the edits made so far."""
@@ -215,7 +207,6 @@ class Surgeon:
     ) -> None:
         edit = self._block(block)
         at, read = self._reading(edit, source, anchor)
-        total: Callable[..., Any] = operator.add if project else add_shortcut
         if project:
             channels = (self._channels(source), self._channels(merge))
             spec = Spec("pool_projection", channels, self._weight_near(anchor), kernel, padding)
@@ -225,7 +216,7 @@ class Surgeon:
             pooled = edit.call(at, shortcut_pool, read, *extra)
             if repeat > 1:
                 pooled = edit.call(at, torch.repeat_interleave, pooled, repeat, 1)
-        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, total, old, pooled))
+        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, pooled))
 
     def unfuse(self, block: str, value: int, path: str) -> None:  # noqa: D102
         edit = self._block(block)
@@ -305,23 +296,11 @@ class Surgeon:
         for path, edit in self._blocks.items():
             graph = edit.traced.graph
             graph.lint()
-            source, names = graph_source(graph, edit.reductions(self._recording.modules[path]))
+            source, names = graph_source(graph)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             found.append(Reforward(path, source, names, edit.traced.locked))
-        found += self._around(found)
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
         return tuple(found)
-
-    def _around(self, operations: Iterable[Operation]) -> list[Operation]:
-        """Sequentials whose children next to a block that is one chain can take part in the chain's pass."""
-        made = {op.path: op for op in operations if isinstance(op, Reforward)}
-        modules = self._recording.modules
-        parents = {
-            path.rpartition(".")[0]
-            for path, op in made.items()
-            if is_chain(op.source) and has_joining(modules[path.rpartition(".")[0]], modules[path])
-        }
-        return [Reforward(path, *sequence_source(), ()) for path in sorted(parents - made.keys() - {""})]
 
     def _seals(self, rewritten: set[str]) -> list[Operation]:
         """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""
