@@ -37,7 +37,7 @@ def measure(name: str) -> dict[str, Any]:
 
     import padfree
     from padfree.errors import NothingToConvertError
-    from padfree.sources import Source
+    from padfree.files.sources import Source
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -68,7 +68,7 @@ def _compare(model: Any, size: tuple[int, ...], path: Path) -> dict[str, Any]:
     import torch
 
     import padfree
-    from padfree.export import to_onnx
+    from padfree.deploy.onnx import to_onnx
 
     why = ""
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from padfree.sources import Source
+from padfree.files.sources import Source
 
 # 30 of bsconv's architectures: every family, plain and with BSConv, for ImageNet and CIFAR sizes
 _MOBILE = ("mobilenetv1_w1", "mobilenetv2_w1", "mobilenetv3_small_w1", "mobilenetv3_large_w1")

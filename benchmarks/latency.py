@@ -26,7 +26,7 @@ from torch import nn
 
 import padfree
 from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
-from padfree.sources import Source
+from padfree.files.sources import Source
 
 PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
 NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
@@ -104,7 +104,7 @@ def _session(model: nn.Module, side: int) -> Callable[[torch.Tensor], object]:
     try:
         import onnxruntime
 
-        from padfree.export import to_onnx
+        from padfree.deploy.onnx import to_onnx
 
         with tempfile.TemporaryDirectory() as folder:
             file = to_onnx(model, Path(folder) / "model.onnx", (3, side, side), dynamic_sides=False)

@@ -16,10 +16,11 @@ from torch import nn
 
 import padfree
 from benchmarks.catalogue import input_size
-from padfree.compare import minimum_input
-from padfree.record import Recording, example_inputs, record
-from padfree.recorder import Ref
-from padfree.sources import Source
+from padfree.files.sources import Source
+from padfree.record.inputs import example_inputs
+from padfree.record.recording import Recording, record
+from padfree.record.trees import Ref
+from padfree.report.smallest import minimum_input
 
 
 @dataclass

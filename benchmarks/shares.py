@@ -71,7 +71,7 @@ def onnx(model: nn.Module, x: torch.Tensor, runs: int) -> Counter[str]:
     """Microseconds by kind, one thread."""
     import onnxruntime
 
-    from padfree.export import to_onnx
+    from padfree.deploy.onnx import to_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         file = to_onnx(model, Path(folder) / "model.onnx", tuple(x.shape[1:]), dynamic_sides=False)

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import padfree
+from padfree.analysis.kinds import MAX_POOLS, data_input
+from padfree.analysis.sites import Sites
 from padfree.geometry import padfree_size
-from padfree.kinds import MAX_POOLS, data_input
-from padfree.rule import Editor, Rule, register
-from padfree.sites import Sites
+from padfree.rules.base import Editor, Rule, register
 from padfree.types import Match, Options, Skip
 
 

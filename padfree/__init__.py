@@ -4,12 +4,12 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
 from padfree import export
-from padfree.compare import Comparison, compare
 from padfree.convert import Plan, convert, is_converted, plan
+from padfree.deploy.fold import fuse
 from padfree.errors import PadfreeError
-from padfree.files import load, save
-from padfree.fusion import fuse
-from padfree.rule import Example, Rule, register
+from padfree.files.weights import load, save
+from padfree.report.comparison import Comparison, compare
+from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"

@@ -14,18 +14,21 @@ import torch
 from torch import nn
 
 import padfree.rules  # noqa: F401  (registers the rules)
+from padfree.analysis.flow import Flow
+from padfree.analysis.sites import Sites
 from padfree.errors import NothingToConvertError, PadfreeError, PlanError
-from padfree.flow import Flow
-from padfree.layers import StemTail
-from padfree.operations import Operation, perform
-from padfree.planning import Group, Patterns, find, sizes_after, with_sizes
-from padfree.record import record
-from padfree.reforward import is_rewritten
-from padfree.rule import rules as get_rules
-from padfree.settle import Trials
-from padfree.sites import Sites
-from padfree.skeleton import full_copy, kept_random_state
-from padfree.state import kept_globals
+from padfree.layers.stem import StemTail
+from padfree.plan.groups import Group, find
+from padfree.plan.patterns import Patterns
+from padfree.plan.sizes import sizes_after, with_sizes
+from padfree.plan.trials import Trials
+from padfree.record.copies import full_copy, kept_random_state
+from padfree.record.inputs import check_model
+from padfree.record.recording import record
+from padfree.rewrite.effects import kept_globals
+from padfree.rewrite.forward import is_rewritten
+from padfree.rewrite.operations import Operation, perform
+from padfree.rules.base import rules as get_rules
 from padfree.types import Match, Options, PlanData
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
@@ -122,48 +125,6 @@ def is_converted(model: nn.Module) -> bool:
     if not isinstance(model, nn.Module):
         raise PadfreeError(f"is_converted takes a torch.nn.Module, not {type(model).__name__}")
     return any(isinstance(module, StemTail) or is_rewritten(module) for module in model.modules())
-
-
-def check_model(model: Any) -> None:
-    """Refuse what is not a plain eager model.
-
-    Raises:
-        PadfreeError: with what to do instead.
-    """
-    if not isinstance(model, nn.Module):
-        raise PadfreeError(f"convert takes a torch.nn.Module, not {type(model).__name__}")
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    try:
-        modules = list(model.named_modules())
-    except TypeError as error:
-        raise PadfreeError(
-            f"{kind} holds modules that cannot be told apart ({error}); a dataclass needs @dataclass(eq=False)"
-        ) from error
-    if "_orig_mod" in model._modules:
-        raise PadfreeError(
-            "the model is wrapped by torch.compile; convert first: torch.compile(padfree.convert(model))"
-        )
-    wrappers = (
-        "DistributedDataParallel",
-        "FullyShardedDataParallel",
-        "DataParallel",
-        "FSDPModule",
-        "DeepSpeedEngine",
-    )
-    if any(base.__name__ in wrappers for base in type(model).__mro__):
-        raise PadfreeError(
-            f"the model is wrapped by {kind}; convert the model inside (model.module), then wrap it again"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise PadfreeError("the model is TorchScript; convert the Python model, then script or trace it")
-    if isinstance(model, torch.fx.GraphModule):
-        raise PadfreeError("the model is a torch.fx GraphModule; convert the model it was traced from, then trace")
-    for name, module in modules:
-        if isinstance(module, torch.ao.nn.quantized.FloatFunctional):
-            continue  # the float form of an operation that can be quantized later
-        packed = "_packed_params" in module.__dict__ or "_packed_params" in module._modules
-        if packed or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
-            raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")
 
 
 def _plan(

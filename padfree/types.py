@@ -204,3 +204,6 @@ def _plain(value: Any) -> Any:
 
 def _size(size: tuple[int, ...]) -> str:
     return "x".join(map(str, size))
+
+
+NEW = "padfree_"

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from padfree.errors import PadfreeError
-from padfree.writing import check_target, replacing
+from padfree.files.writing import check_target, replacing
 
 from .checkpoints import Progress
 from .count import count

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from padfree.errors import PadfreeError
-from padfree.writing import check_target, replacing
+from padfree.files.writing import check_target, replacing
 
 from .recipe import Recipe
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.sources import Source
+from padfree.files.sources import Source
 
 from .losses import orthonormal_loss
 from .parc import ParCMobileNetV2

@@ -23,8 +23,8 @@ from padfree import Example, Match, Options, Rule, Skip, register
 from .parc import ParC, ParCPair
 
 if TYPE_CHECKING:
-    from padfree.rule import Editor, Sizes
-    from padfree.sites import Sites
+    from padfree.analysis.sites import Sites
+    from padfree.rules.base import Editor, Sizes
 
 NAME = "parc"
 

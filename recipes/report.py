@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from padfree.writing import check_target
+from padfree.files.writing import check_target
 
 from .bsconv_table import BSConvLine
 from .console import Console

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from padfree.checkpoint import load_weights, read_checkpoint
 from padfree.errors import FileError
+from padfree.files.checkpoint import load_weights, read_checkpoint
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import padfree
-from padfree.cli import main
+from padfree.cli.convert import main
 from padfree.errors import PadfreeError
 
 SMALL = ["--timm", "lcnet_035", "--input-size", "3", "64", "64"]
@@ -105,7 +105,7 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatc
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("padfree.cli._run", interrupted)
+    monkeypatch.setattr("padfree.cli.convert._run", interrupted)
     assert main(SMALL) == 130
     assert capsys.readouterr().err == "padfree-convert: interrupted\n"
 
@@ -190,7 +190,7 @@ def test_a_signal_to_end_leaves_no_file(
 
 def test_the_signals_of_a_program_around_it_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr("padfree.cli._run", lambda arguments: seen.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr("padfree.cli.convert._run", lambda arguments: seen.append(signal.getsignal(signal.SIGTERM)))
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         assert main(SMALL) == 0

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 import padfree
-from padfree.compare import Comparison, Pair, StageMap, compare, count_macs, minimum_input
+from padfree.deploy.onnx import to_onnx
 from padfree.errors import PadfreeError
-from padfree.export import to_onnx
-from padfree.record import record
+from padfree.record.recording import record
+from padfree.report.comparison import Comparison, Pair, StageMap, compare
+from padfree.report.macs import count_macs
+from padfree.report.smallest import minimum_input
 
 
 class Toy(nn.Module):

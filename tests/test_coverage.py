@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import catalogue, coverage, tables
 from benchmarks.measure import Result, macs, measure
-from padfree.compare import count_macs
-from padfree.record import record
-from padfree.sources import Source
+from padfree.files.sources import Source
+from padfree.record.recording import record
+from padfree.report.macs import count_macs
 
 
 def test_the_fixed_sample_has_names_that_exist() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from padfree.cli import main
+from padfree.cli.convert import main
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -12,7 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import padfree
-from padfree.export import to_exported_program, to_onnx
+from padfree.deploy.onnx import to_onnx
+from padfree.deploy.program import to_exported_program
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -143,7 +144,7 @@ def test_exported_program_takes_maps_of_a_single_pixel(tmp_path):
 
 
 def test_fused_models_export_too(tmp_path):
-    from padfree.fusion import fuse
+    from padfree.deploy.fold import fuse
 
     model = fuse(tiny(), input_size=(3, 32, 32))
     x = images(2, 3, 27, 32)

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import padfree
-from padfree.checkpoint import read_checkpoint
 from padfree.errors import FileError, PadfreeError
-from padfree.files import load, save
-from padfree.sources import Source
-from padfree.writing import replacing
+from padfree.files.checkpoint import read_checkpoint
+from padfree.files.sources import Source
+from padfree.files.weights import load, save
+from padfree.files.writing import replacing
 
 SMALL = "lcnet_035"
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import padfree
-from padfree.fusion import fuse
-from padfree.reforward import is_rewritten
+from padfree.deploy.fold import fuse
+from padfree.rewrite.forward import is_rewritten
 
 
 def lived_in(model, side, batches=2):

@@ -470,7 +470,7 @@ def test_the_extension_refuses_other_windows(wrong):
 
 @pytest.mark.parametrize("setting", ["as it is", "ceil_mode", "return_indices", "kernel 2"])
 def test_an_absorbed_max_pool_is_the_same_object_made_fast(setting):
-    from padfree.layers import StemPool, StemTail
+    from padfree.layers.stem import StemPool, StemTail
 
     pool = torch.nn.MaxPool2d(2 if setting == "kernel 2" else (3, 3), 2, 1, **{setting: True} if "_" in setting else {})
     seen = []

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import padfree
-from padfree.flow import Flow
-from padfree.record import default_input_size, record
+from padfree.analysis.flow import Flow
+from padfree.analysis.sites import Sites
+from padfree.record.inputs import default_input_size
+from padfree.record.recording import record
 from padfree.rules._toys import Residual, depthwise, net, unit
-from padfree.sites import Sites
 
 
 def test_calls_and_operations_of_a_small_network() -> None:

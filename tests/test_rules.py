@@ -9,7 +9,7 @@ import torch
 
 import padfree
 from padfree.errors import NothingToConvertError
-from padfree.rule import Example, rules
+from padfree.rules.base import Example, rules
 
 BUILT_IN = ("depthwise", "dense", "projection", "stem")
 EXAMPLES = [(name, index) for name in BUILT_IN for index in range(len(rules([name])[0].examples))]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.sources import Source, SourceError, bsconv_names
+from padfree.files.sources import Source, SourceError, bsconv_names
 
 
 @pytest.mark.parametrize(

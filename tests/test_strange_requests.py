@@ -12,9 +12,9 @@ import torchvision
 from torch import nn
 
 import padfree
-from padfree.checkpoint import load_weights, read_checkpoint
-from padfree.cli import main
-from padfree.sources import Source
+from padfree.cli.convert import main
+from padfree.files.checkpoint import load_weights, read_checkpoint
+from padfree.files.sources import Source
 
 SMALL = ["--timm", "lcnet_035", "--input-size", "3", "64", "64"]
 

@@ -27,8 +27,8 @@ from torch.testing import assert_close
 
 import padfree
 from padfree.errors import LockedStateError
-from padfree.operations import AddChild, Reforward, SetAttributes, perform
-from padfree.reforward import original_class, rewritten_class
+from padfree.rewrite.forward import original_class, rewritten_class
+from padfree.rewrite.operations import AddChild, Reforward, SetAttributes, perform
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -630,7 +630,7 @@ def test_a_failure_midway_rolls_back(count: int) -> None:
 
 
 def padfree_spec() -> Any:
-    from padfree.specs import Spec
+    from padfree.layers.spec import Spec
 
     return Spec("pool_projection", (8, 16), "block.conv1")
 

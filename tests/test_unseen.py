@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import padfree
-from padfree.state import Watch, alike, snapshot
+from padfree.rewrite.effects import Watch, alike, snapshot
 
 SEEN: list[Tensor] = []
 CACHE: dict[Any, Tensor] = {}

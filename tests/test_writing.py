@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from padfree.errors import FileError
-from padfree.writing import all_or_none, as_path, check_target, replacing
+from padfree.files.writing import all_or_none, as_path, check_target, replacing
 
 
 @pytest.mark.parametrize("path", [None, 5, b"name", "", "a\0b", ["a"]])

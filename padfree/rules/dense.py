@@ -20,10 +20,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from padfree.downsampling import rewrite_site, site_matches, strided
-from padfree.rule import Example, Rule, register
+from padfree.analysis.sites import Sites
+from padfree.rules._downsampling import rewrite_site, site_matches, strided
 from padfree.rules._toys import Residual, net, unit
-from padfree.sites import Sites
+from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
 
 NAME = "dense"

@@ -20,16 +20,16 @@ from typing import Any
 
 from torch import nn
 
-from padfree.downsampling import block_for, strided
+from padfree.analysis.convolution import Conv
+from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input
+from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
-from padfree.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input
-from padfree.recorder import Op
-from padfree.rule import Editor, Example, Rule, register
+from padfree.layers.spec import Spec
+from padfree.record.recorder import Op
+from padfree.rules._downsampling import block_for, strided
 from padfree.rules._toys import Residual, net, unit
-from padfree.site import Conv
-from padfree.sites import Sites
-from padfree.specs import Spec
+from padfree.rules.base import Editor, Example, Rule, register
 from padfree.types import Match, Options, Skip
 
 NAME = "projection"

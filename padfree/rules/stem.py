@@ -24,17 +24,17 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from padfree.downsampling import block_for
+from padfree.analysis.chain import Chain
+from padfree.analysis.convolution import Conv, Site
+from padfree.analysis.kinds import AFFINE, AVG_POOLS, MAX_POOLS, NORMS, plain_kind
+from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
-from padfree.flow import Chain
-from padfree.kinds import AFFINE, AVG_POOLS, MAX_POOLS, NORMS, plain_kind
-from padfree.layers import StemTail
-from padfree.recorder import Op
-from padfree.rule import Editor, Example, Rule, register
+from padfree.layers.spec import FUNCTIONS, Spec
+from padfree.layers.stem import StemTail
+from padfree.record.recorder import Op
+from padfree.rules._downsampling import block_for
 from padfree.rules._toys import Joined, Methodical, Residual, depthwise, net, unit
-from padfree.site import Conv, Site
-from padfree.sites import Sites
-from padfree.specs import FUNCTIONS, Spec
+from padfree.rules.base import Editor, Example, Rule, register
 from padfree.types import Match, Options, Skip
 
 NAME = "stem"

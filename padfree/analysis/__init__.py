@@ -1,0 +1,1 @@
+"""Questions to a recording: maps, domains, chains, convolutions, sites. Pure."""

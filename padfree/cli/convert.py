@@ -1,0 +1,266 @@
+"""`padfree-convert`: convert a network by name and report what changed.
+
+padfree-convert --timm mobilenetv3_large_100
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+import padfree
+from padfree.cli.terminal import Terminated, printing, terminable
+from padfree.convert import Plan, convert, plan
+from padfree.errors import PadfreeError
+from padfree.files.checkpoint import load_weights, read_checkpoint
+from padfree.files.sources import Source
+from padfree.files.weights import save
+from padfree.files.writing import all_or_none, check_target, replacing
+from padfree.report.comparison import Comparison, compare
+from padfree.types import Options
+
+_EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are PadfreeErrors: one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PadfreeError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        (file or sys.stderr).write(message)  # argparse would keep quiet about a full disk
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 0, or 2 after one line on stderr for anything the user can put right.
+
+    An interrupt gives 130 and SIGTERM 143; neither leaves half-written files.
+    """
+    try:
+        with terminable():
+            with printing():  # --help and --version, and a closed stdout is known before any work
+                arguments = _parser().parse_args(argv)
+            _run(arguments)
+    except PadfreeError as error:
+        return _failed(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+    except Terminated:
+        return _failed("terminated", 143)
+    return 0
+
+
+def _failed(message: str, status: int) -> int:
+    with contextlib.suppress(OSError, ValueError):  # a stderr that is full or closed cannot be told about
+        if sys.stderr is not None:
+            print(f"padfree-convert: {message}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
+    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
+    model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
+    model.add_argument("--timm", metavar="NAME", help="a timm model")
+    model.add_argument("--torchvision", metavar="NAME", help="a torchvision model")
+    model.add_argument("--bsconv", metavar="NAME", help="an architecture of the bsconv package")
+    model.add_argument("--model", metavar="MODULE:FACTORY", help="a function of yours that returns a model")
+    built = parser.add_argument_group("how it is built")
+    built.add_argument("--num-classes", type=int, metavar="N", help="passed to the builder")
+    built.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    built.add_argument("--pretrained", action="store_true", help="download the library's weights")
+    built.add_argument("--checkpoint", metavar="FILE", help="unconverted weights: safetensors or torch")
+    rewrite = parser.add_argument_group("what is converted, and how")
+    rewrite.add_argument(
+        "--rules", nargs="+", action="extend", metavar="RULE", help="of depthwise dense projection stem"
+    )
+    rewrite.add_argument("--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these")
+    rewrite.add_argument("--exclude", nargs="+", action="extend", metavar="PATTERN", help="leave these alone")
+    defaults = Options()
+    rewrite.add_argument("--merge", default=defaults.merge, help="activation (default), norm or conv")
+    rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
+    rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
+    rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
+    result = parser.add_argument_group("results")
+    result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
+    result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
+    result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
+    result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
+    result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
+    result.add_argument("--fixed-sides", action="store_true", help="export for this input size only; the batch is free")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    targets = _check_targets(arguments)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
+        source = _source(arguments)
+        try:
+            report, made, comparison = _convert(arguments, source, targets)
+        except SystemExit as error:
+            raise PadfreeError(f"the code of {source} ended the program ({error.code})") from error
+    with printing():
+        _publish(report, source, made, comparison, targets)
+
+
+def _convert(
+    arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
+) -> tuple[dict[str, Any], Plan, Comparison | None]:
+    """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
+    original = source.create(arguments.pretrained)
+    if arguments.checkpoint is not None:
+        load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint), any_age=True)
+    size = tuple(arguments.input_size) if arguments.input_size else source.input_size
+    made = _plan(original, arguments, size)
+    comparison = None
+    with all_or_none():
+        if not arguments.plan_only:
+            converted = made.apply(original)
+            comparison = compare(original, converted, made.input_size)
+            _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
+        report = _report(source, made, comparison, original)
+        if targets.get("json") is not None:
+            with replacing(Path(str(targets["json"]))) as temporary:
+                temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report, made, comparison
+
+
+def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
+    """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
+    targets: dict[str, Path | None] = {}
+    for name in ("output", "onnx", "exported_program", "json"):
+        path = getattr(arguments, name)
+        if path is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if name != "json" and arguments.plan_only:
+            raise PadfreeError(f"--plan-only converts nothing, so it has nothing to write for {flag}")
+        if name != "json" and path == "-":
+            raise PadfreeError(f"{flag} -: only the report can go to stdout; give a file name")
+        targets[name] = None if path == "-" else check_target(path)
+    if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
+        raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
+    if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
+        raise PadfreeError(f"--output {arguments.output}: the name must end in .safetensors")
+    written = [os.path.realpath(path) for path in (*targets.values(), "/dev/stdout") if path is not None]
+    if len(set(written)) < len(written):
+        raise PadfreeError("two results would be written to the same file")
+    return targets
+
+
+def _source(arguments: argparse.Namespace) -> Source:
+    libraries = ("timm", "torchvision", "bsconv", "model")
+    library = next(name for name in libraries if getattr(arguments, name) is not None)
+    kwargs: dict[str, Any] = {}
+    if arguments.num_classes is not None:
+        if arguments.num_classes < 0:
+            raise PadfreeError(f"--num-classes {arguments.num_classes}: a number of classes is not negative")
+        kwargs["num_classes"] = arguments.num_classes
+    if library == "timm" and arguments.input_size:
+        kwargs |= _timm_channels(arguments.timm, arguments.input_size[0])
+    name = getattr(arguments, library)
+    return Source("factory" if library == "model" else library, name, kwargs)
+
+
+def _timm_channels(name: str, channels: int) -> dict[str, int]:
+    """`in_chans` for timm where the size asked for has another channel count than the model's own."""
+    import timm
+
+    config = None
+    with contextlib.suppress(Exception):  # an unknown tag, say, which building the model tells about
+        config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    usual = config.input_size[0] if config is not None else 3
+    return {} if channels == usual else {"in_chans": channels}
+
+
+def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
+    options = Options(
+        merge=arguments.merge,
+        pool=arguments.pool,
+        projection=arguments.projection,
+        stem_residual=arguments.stem_residual,
+    )
+    settings: dict[str, Any] = {
+        "rules": _split(arguments.rules),
+        "include": arguments.include,
+        "exclude": arguments.exclude,
+        "options": options,
+        "input_size": size,
+    }
+    made = plan(model, **settings)
+    if not made.matches and not arguments.plan_only:
+        convert(model, **settings)  # says why there is nothing to convert
+    return made
+
+
+def _split(names: list[str] | None) -> tuple[str, ...] | None:
+    """Rules may be given apart or with commas between."""
+    return None if names is None else tuple(part for name in names for part in name.split(",") if part)
+
+
+def _report(source: Source, made: Plan, comparison: Comparison | None, original: nn.Module) -> dict[str, Any]:
+    """The content of `--json`; figures of a conversion that was not made are null."""
+    unknown: dict[str, Any] = {"original": None, "converted": None}
+    report: dict[str, Any] = {
+        "model": source.name,
+        "library": source.library,
+        "input_size": list(made.input_size),
+        "params": {**unknown, "original": sum(p.numel() for p in original.parameters())},
+        "macs": unknown,
+        "minimum_input": None,
+        "maps": None,
+        "uncounted": {},
+        "notes": [],
+    }
+    if comparison is not None:
+        report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
+    content = made.to_dict()
+    return report | {"options": content["options"], "matches": content["matches"], "skips": content["skips"]}
+
+
+def _write_models(
+    converted: nn.Module, made: Plan, source: Source, targets: dict[str, Path | None], *, dynamic_sides: bool
+) -> None:
+    output, onnx, program = (targets.get(name) for name in ("output", "onnx", "exported_program"))
+    if output is not None:
+        save(converted, output, source)
+    if onnx is not None:
+        from padfree.deploy.onnx import to_onnx
+
+        to_onnx(converted.eval(), onnx, made.input_size, dynamic_sides=dynamic_sides)
+    if program is not None:
+        from padfree.deploy.program import to_exported_program
+
+        to_exported_program(converted.eval(), program, made.input_size, dynamic_sides=dynamic_sides)
+
+
+def _publish(
+    report: dict[str, Any],
+    source: Source,
+    made: Plan,
+    comparison: Comparison | None,
+    targets: dict[str, Path | None],
+) -> None:
+    if "json" in targets and targets["json"] is None:
+        print(json.dumps(report, indent=2))
+        return
+    from padfree.report.display import show
+
+    show(str(source), made, comparison)
+    for path in targets.values():
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

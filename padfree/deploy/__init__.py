@@ -1,0 +1,1 @@
+"""Forms for inference: folded norms, ONNX files, exported programs."""

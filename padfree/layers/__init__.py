@@ -1,0 +1,1 @@
+"""The new modules, and their description as data."""

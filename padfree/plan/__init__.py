@@ -1,0 +1,1 @@
+"""Which matches belong together, tried until they verify."""

@@ -1,0 +1,39 @@
+"""Which places `include` and `exclude` mean."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+
+from padfree.errors import PadfreeError
+
+Patterns = str | Iterable[str] | None
+
+
+def chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:
+    """The names that the patterns mean.
+
+    Raises:
+        PadfreeError: one is no pattern, or means none of them.
+    """
+    listed = list(patterns) if isinstance(patterns, Iterable) and not isinstance(patterns, str) else [patterns]
+    chosen: set[str] = set()
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise PadfreeError(f"{what} takes module paths and patterns, not {pattern!r}")
+        try:
+            hits = {name for name in names if _fits(pattern, name)}
+        except re.error as error:
+            raise PadfreeError(f"{what}={pattern!r} is not a regular expression: {error}") from error
+        if not hits:
+            some = ", ".join(dict.fromkeys(names)) or "none"
+            raise PadfreeError(f"{what}={pattern!r} matches none of the places found: {some}")
+        chosen |= hits
+    return chosen
+
+
+def _fits(pattern: str, name: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)

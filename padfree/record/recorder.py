@@ -1,0 +1,137 @@
+"""What a forward pass does, operation by operation: ATen calls seen by a `TorchDispatchMode`.
+
+Values are told apart by storage and geometry, so views of the same thing are one value and in-place results
+are new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from padfree.record.trees import collect, freeze, geometry_key, storage, to_meta
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor as it flows: its shape, the operation that made it (-1: none), and what it is.
+
+    `live` says that it depends on the network's input; `name` is its path if it is a parameter
+    or buffer of the model.
+    """
+
+    index: int
+    shape: tuple[int, ...]
+    producer: int
+    live: bool
+    name: str
+
+
+@dataclass(frozen=True)
+class Op:
+    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
+
+    index: int
+    kind: str
+    args: tuple[Any, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    call: int
+    grad: bool
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down the operations run under it. Tensors are told apart by storage and geometry.
+
+    Real tensors that meet meta ones (constants a model keeps outside its state) are moved to meta.
+    """
+
+    def __init__(self, names: Mapping[int, str] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values: list[Value] = []
+        self.ops: list[Op] = []
+        self._names = names or {}
+        self._index: dict[tuple[Any, ...], int] = {}
+        self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
+        self.stack: list[int] = [-1]
+
+    def value(self, tensor: torch.Tensor) -> int:
+        """The index of the value `tensor` holds now."""
+        found = self._index.get(geometry_key(tensor))
+        return self._new(tensor, -1, live=False) if found is None else found
+
+    def enter(self, tensor: torch.Tensor) -> int:
+        """Declare `tensor` an input of the network."""
+        return self._new(tensor, -1, live=True)
+
+    def _new(self, tensor: torch.Tensor, producer: int, live: bool) -> int:
+        index = len(self.values)
+        name = "" if producer >= 0 or live else self._names.get(storage(tensor), "")
+        self.values.append(Value(index, tuple(tensor.shape), producer, live, name))
+        self._index[geometry_key(tensor)] = index
+        self._alive.append(tensor)
+        return index
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors: list[torch.Tensor] = []
+        collect(args, tensors)
+        collect(tuple(kwargs.values()), tensors)
+        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
+            args, kwargs = to_meta(args), {key: to_meta(item) for key, item in kwargs.items()}
+            if isinstance(kwargs.get("device"), torch.device):
+                kwargs["device"] = torch.device("meta")
+        elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        refs = [self.value(tensor) for tensor in tensors]
+        frozen = freeze((args, kwargs), self.value)
+        result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
+        if result is None:
+            result = func(*args, **kwargs)
+        if (
+            tensors
+            and isinstance(result, torch.Tensor)
+            and not func._schema.is_mutable
+            and geometry_key(result) == geometry_key(tensors[0])
+        ):
+            return result  # a view of the same thing: the same value
+        live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
+        outputs: list[torch.Tensor] = []
+        collect((result,), outputs)
+        index = len(self.ops)
+        made = tuple(self._new(out, index, bool(live)) for out in outputs)
+        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
+        return result
+
+
+_UNARY = frozenset({"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"})
+
+
+def _quick_meta(func: Any, args: Any) -> Any:
+    """The outputs of batch norms and activations on meta tensors, whose own kernels take up to 50 times as long.
+
+    None for everything else.
+    """
+    kind = _kind(func)
+    x = args[0]
+    if kind == "native_batch_norm":
+        count = x.shape[1] if args[5] else 0
+        statistics = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
+        return (torch.empty_like(x), *statistics)
+    if kind.rstrip("_") in _UNARY and isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x if kind.endswith("_") else torch.empty_like(x)
+    return None
+
+
+_KINDS: dict[Any, str] = {}
+
+
+def _kind(func: Any) -> str:
+    kind = _KINDS.get(func)
+    if kind is None:
+        kind = _KINDS[func] = func.__name__.split(".")[0]
+    return kind

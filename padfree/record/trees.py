@@ -1,0 +1,95 @@
+"""Nested arguments and results: the tensors in them, copies of their containers, frozen forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Ref(NamedTuple):
+    """Stands for a tensor among an operation's recorded arguments."""
+
+    value: int
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def storage(tensor: torch.Tensor) -> int:
+    """What tells storages apart while they live."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def geometry_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What tells values apart: storage, offset, shape and strides."""
+    return (storage(tensor), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def collect(tree: Any, into: list[torch.Tensor]) -> None:
+    """Every tensor in nested tuples, lists and mappings (and dataclass-like outputs), in order."""
+    if isinstance(tree, torch.Tensor):
+        if tree.layout == torch.strided:
+            into.append(tree)
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            collect(item, into)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            collect(item, into)
+    elif hasattr(tree, "tensors") and hasattr(tree, "image_sizes"):  # an ImageList-like holder
+        collect(tree.tensors, into)
+
+
+def containers_copied(tree: Any) -> Any:
+    """The same tensors in new lists, tuples and dictionaries, which nobody else can change."""
+    if type(tree) in (list, tuple):
+        return type(tree)(containers_copied(item) for item in tree)
+    if type(tree) is dict:
+        return {key: containers_copied(item) for key, item in tree.items()}
+    return tree
+
+
+def repeat_batch(tree: Any) -> Any:
+    """The arguments with batches of one doubled: batch norms in train mode need two values a channel."""
+    if isinstance(tree, torch.Tensor):
+        alone = tree.dim() > 1 and tree.shape[0] == 1
+        return tree.expand(2, *tree.shape[1:]).clone() if alone else tree
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(repeat_batch(item) for item in tree)
+    if isinstance(tree, dict):
+        return {key: repeat_batch(item) for key, item in tree.items()}
+    return tree
+
+
+def freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
+    """Nested arguments as nested tuples, tensors as `Ref`."""
+    if isinstance(tree, torch.Tensor):
+        return Ref(index(tree)) if tree.layout == torch.strided else "sparse"
+    if isinstance(tree, (tuple, list)):
+        return tuple(freeze(item, index) for item in tree)
+    if isinstance(tree, dict):
+        return tuple((key, freeze(item, index)) for key, item in tree.items())
+    if isinstance(tree, float) and math.isnan(tree):
+        return "nan"
+    if isinstance(tree, torch.ScriptObject):  # a profiler's record: nothing to compare
+        return type(tree).__name__
+    return tree
+
+
+def to_meta(tree: Any) -> Any:
+    """The same arguments with their tensors on the meta device."""
+    if isinstance(tree, torch.Tensor):
+        return tree if tree.is_meta else tree.to("meta")
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(to_meta(item) for item in tree)
+    return tree
+
+
+def tensors(tree: Any) -> list[torch.Tensor]:
+    """The tensors of nested lists, tuples and dicts, in their order."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

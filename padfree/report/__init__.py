@@ -1,0 +1,1 @@
+"""What a conversion changed: parameters, multiply-adds, maps, the smallest input."""

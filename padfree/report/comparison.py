@@ -1,0 +1,192 @@
+"""What a conversion changed: parameters, multiply-adds, map sizes, the smallest input.
+
+Multiply-adds are fvcore's (`fvcore.nn.FlopCountAnalysis`): one fused multiply-add counts one, for
+convolutions, linear layers and matrix products; its norm and adaptive-pool handlers are in the
+total; max-pools, additions and activations are not, and `Comparison.uncounted` lists them.
+All of it is measured on copies: both models keep their mode, buffers, hooks and random state.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from padfree.errors import PadfreeError
+from padfree.record.inputs import check_input_size, default_input_size
+from padfree.record.recording import Recording, record
+from padfree.report.macs import count_macs
+from padfree.report.smallest import minimum_input
+
+Size = tuple[int, ...]
+
+
+_LISTED = 6  # kinds of uncounted operations that the table names
+
+_STRIDED = ("convolution", "max_pool2d_with_indices", "avg_pool2d", "_convolution", "max_pool2d")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure before and after; None where it could not be had."""
+
+    original: int | None
+    converted: int | None
+
+    @property
+    def change(self) -> float | None:
+        """(converted - original) / original."""
+        if self.converted is None or not self.original:
+            return None
+        return (self.converted - self.original) / self.original
+
+
+@dataclass(frozen=True)
+class StageMap:
+    """Side lengths (H, W) that a strided operation writes, before and after."""
+
+    before: Size
+    after: Size
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks on one image of `input_size` (C, H, W).
+
+    Attributes:
+        params: number of parameters.
+        macs: multiply-adds of one image as fvcore counts them.
+        maps: the distinct (before, after) sizes that strided convolutions and pools write, in order.
+        minimum_input: the least square side, in pixels, that both networks take; one pixel less was
+            tried and one of them fails. Found by bisection below `input_size`, then among the multiples
+            of 7 and 8 below that. None: not found.
+        uncounted: operations that `macs` leaves out, with their number in each network.
+        notes: what could not be measured, and why.
+    """
+
+    model: str
+    input_size: Size
+    params: Pair
+    macs: Pair
+    maps: tuple[StageMap, ...]
+    minimum_input: int | None
+    uncounted: dict[str, Pair]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
+        data = asdict(self)
+        data["input_size"] = list(self.input_size)
+        data["maps"] = {
+            "before": [list(stage.before) for stage in self.maps],
+            "after": [list(stage.after) for stage in self.maps],
+        }
+        data["notes"] = list(self.notes)
+        return data
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The table of `str()`: (label, "before -> after") pairs."""
+        most = sorted(self.uncounted.items(), key=lambda item: -(item[1].converted or 0))
+        listed = [f"{name} {_number(pair.original)} -> {_number(pair.converted)}" for name, pair in most]
+        if len(listed) > _LISTED:
+            listed[_LISTED:] = [f"{len(listed) - _LISTED} more"]
+        rows = [
+            ("input", "x".join(map(str, self.input_size))),
+            ("parameters", _line(self.params, _number)),
+            ("MACs (fvcore)", _line(self.macs, _short)),
+            ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
+            ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
+            ("smallest input", _side(self.minimum_input)),
+            ("not in the MACs", ", ".join(listed) or "-"),
+        ]
+        return rows + [("note", note) for note in self.notes]
+
+    def __str__(self) -> str:
+        width = max(len(label) for label, _ in self.rows())
+        return "\n".join([self.model, *(f"  {label:<{width}}  {text}" for label, text in self.rows())])
+
+
+def compare(original: nn.Module, converted: nn.Module, input_size: Size | None = None) -> Comparison:
+    """Compare a network with its converted form.
+
+    Args:
+        original: the network before conversion.
+        converted: the network after it.
+        input_size: (C, H, W); default: the size that `converted` was converted at.
+
+    Raises:
+        PadfreeError: one of them is not a network, or does not run at that size.
+    """
+    for model in (original, converted):
+        if not isinstance(model, nn.Module):
+            raise PadfreeError(f"compare takes two torch.nn.Modules, not {type(model).__name__}")
+    size = default_input_size(converted) if input_size is None else check_input_size(input_size)
+    recordings = record(original, size), record(converted, size)
+    counts = count_macs(original, size), count_macs(converted, size)
+    names = list(dict.fromkeys([*counts[0].uncounted, *counts[1].uncounted]))
+    return Comparison(
+        model=type(original).__name__,
+        input_size=size,
+        params=Pair(*(sum(p.numel() for p in model.parameters()) for model in (original, converted))),
+        macs=Pair(counts[0].macs, counts[1].macs),
+        maps=stage_maps(*recordings),
+        minimum_input=minimum_input(*recordings),
+        uncounted={name: Pair(counts[0].uncounted[name], counts[1].uncounted[name]) for name in names},
+        notes=tuple(dict.fromkeys(count.note for count in counts if count.note)),
+    )
+
+
+def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...]:
+    """Distinct (before, after) sizes written by the original's strided operations, in order.
+
+    A strided operation is known by the module that calls it, which the converted network has too.
+    """
+    found: dict[StageMap, None] = {}
+    for op in original.ops:
+        if op.kind not in _STRIDED or not op.inputs or not op.outputs:
+            continue
+        read, written = (original.values[index].shape for index in (op.inputs[0], op.outputs[0]))
+        if len(read) != 4 or len(written) != 4 or not _shrinks(read, written):
+            continue
+        path = original.calls[op.call].path if op.call >= 0 else ""
+        before, after = _written(original, path), _written(converted, path)
+        if before is not None and after is not None and before == written[-2:]:
+            found[StageMap(before, after)] = None
+    return tuple(found)
+
+
+def _shrinks(read: Size, written: Size) -> bool:
+    return any(1 < after < before for before, after in zip(read[2:], written[2:], strict=True))
+
+
+def _written(recording: Recording, path: str) -> Size | None:
+    """(H, W) of what the first call of a module returned, if it returned one map."""
+    calls = recording.calls_of.get(path, [])
+    if not calls or len(calls[0].outputs) != 1:
+        return None
+    shape = recording.values[calls[0].outputs[0]].shape
+    return shape[-2:] if len(shape) == 4 else None
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"
+
+
+def _short(value: int | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value / 1e9:.2f}G" if value >= 1e9 else f"{value / 1e6:.1f}M"
+
+
+def _size(size: Size) -> str:
+    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+
+
+def _side(side: int | None) -> str:
+    return "unknown" if side is None else f"{side} pixel{'s' * (side > 1)} a side"
+
+
+def _line(pair: Pair, form: Any) -> str:
+    change = "" if pair.change is None else f" ({pair.change:+.2%})"
+    return f"{form(pair.original)} -> {form(pair.converted)}{change}"

@@ -1,0 +1,67 @@
+"""fvcore's multiply-adds, and what they do not count."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from padfree.record.copies import bare_copy
+from padfree.record.inputs import example_inputs
+from padfree.record.trees import first_line
+
+
+@dataclass(frozen=True)
+class MacCount:
+    """fvcore's total for one image, what it left out, and why there is no total if there is none."""
+
+    macs: int | None
+    uncounted: Counter[str]
+    note: str = ""
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
+    """Multiply-adds of one image of `input_size` (C, H, W), by fvcore, on a copy on the CPU.
+
+    fvcore follows a jit trace, which takes real tensors: this is a true forward pass. Functional
+    operations count like modules. A network that cannot be traced gets `macs=None` and a note.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
+            duplicate = _on_cpu(bare_copy(model))
+            example = next(example_inputs(duplicate, input_size, meta=False))
+            analysis = FlopCountAnalysis(duplicate, example).tracer_warnings("none")
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            total = int(analysis.total())
+            skipped = sorted(analysis.unsupported_ops().items())
+    except Exception as error:  # fvcore and the tracer raise anything; the comparison goes on without
+        why = f"{type(error).__name__}: {first_line(error)}"
+        return MacCount(None, Counter(), f"fvcore cannot count it: {why}")
+    return MacCount(total, Counter({name.rpartition("::")[2]: number for name, number in skipped}))
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        model = model.to_empty(device="cpu")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.zero_()
+    return model.float().cpu()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence fvcore, which logs through the logging module whatever its switches say."""
+    logger = logging.getLogger("fvcore.nn.jit_analysis")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The only code that changes a model: block tracer, self-check, generated forward, operations."""

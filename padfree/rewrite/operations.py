@@ -1,0 +1,189 @@
+"""The operations a conversion consists of, as data on module paths, and the only code that changes a model.
+
+`perform` carries a list of them out on a model: all of them, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from padfree.errors import PadfreeError
+from padfree.layers.spec import Spec
+from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, set_class
+from padfree.rewrite.same_padding import shaped_like
+
+
+@dataclass(frozen=True)
+class SetAttributes:
+    """Plain attributes of one module."""
+
+    path: str
+    values: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class AddChild:
+    """A new child of a block."""
+
+    path: str
+    name: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class MoveChild:
+    """A parameter-free child of another module, moved to a block; an identity stays in its place."""
+
+    path: str
+    origin: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ReplaceEnd:
+    """A new layer in the place of a parameter-free module, which becomes its part."""
+
+    path: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Another shape for a parameter."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reforward:
+    """A generated forward for a module ("" keeps its own and only seals its fusers)."""
+
+    path: str
+    source: str
+    names: Names
+    locked: Locked
+
+
+Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward
+
+
+def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
+    """Carry the operations out on `model`, in place: all of them, or none.
+
+    Raises:
+        PadfreeError: one failed; the model is as it was before.
+    """
+    with _undoing() as undo:
+        for operation in operations:
+            _DO[type(operation)](model, operation, undo)
+    return model
+
+
+Undo = list[Callable[[], None]]
+
+
+@contextmanager
+def _undoing() -> Iterator[Undo]:
+    undo: Undo = []
+    try:
+        yield undo
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _set_attributes(model: nn.Module, operation: SetAttributes, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    for name, value in operation.values:
+        if name not in module.__dict__:
+            raise PadfreeError(f"`{operation.path}` has no plain attribute `{name}` to set")
+        undo.append(_restore(module.__dict__, name))
+        module.__dict__[name] = shaped_like(value, module.__dict__[name])
+
+
+def _restore(table: dict[str, Any], name: str) -> Callable[[], None]:
+    old = dict(table)
+
+    def restore() -> None:
+        table.clear()
+        table.update(old)
+
+    return restore
+
+
+def _add_child(model: nn.Module, operation: AddChild, undo: Undo) -> None:
+    parent = model.get_submodule(operation.path)
+    if operation.name in parent._modules:
+        raise PadfreeError(f"`{operation.path}` has a child named `{operation.name}` already")
+    undo.append(_restore(parent._modules, operation.name))
+    parent._modules[operation.name] = operation.spec.build(model)
+
+
+def _move_child(model: nn.Module, operation: MoveChild, undo: Undo) -> None:
+    parent_path, _, name = operation.origin.rpartition(".")
+    parent, block = model.get_submodule(parent_path), model.get_submodule(operation.path)
+    for table in (parent._modules, block._modules):
+        undo.append(_restore(table, name))
+    block._modules[operation.name] = parent._modules[name]
+    parent._modules[name] = nn.Identity().train(parent.training)
+
+
+def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
+    parent_path, _, name = operation.path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    end = parent._modules[name]
+    assert end is not None
+    kind, state = type(end), end.__dict__
+    undo.append(_restore(parent._modules, name))
+    undo.append(_restore(state, name))
+    undo.append(lambda: setattr(end, "__class__", kind))
+    parent._modules[name] = operation.spec.build(model, end)
+
+
+def _resize(model: nn.Module, operation: Resize, undo: Undo) -> None:
+    path, _, name = operation.path.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters[name]
+    assert old is not None
+    undo.append(_restore(module._parameters, name))
+    with torch.no_grad():
+        new = _interpolated(old.detach(), operation.shape)
+    module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _interpolated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    if tuple(tensor.shape) == shape:
+        return tensor.clone()
+    if tensor.is_meta:
+        return tensor.new_empty(shape)
+    spatial = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return F.interpolate(spatial, size=shape[2:], mode="bilinear", align_corners=True).to(tensor.dtype)
+
+
+def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    old = type(module)
+    undo.append(lambda: set_class(module, old))
+    source, names, locked = operation.source, operation.names, operation.locked
+    if not source and old is not original_class(module):  # sealed already, or rewritten and so sealed
+        return
+    set_class(module, rewritten_class(original_class(module), source, names, locked))
+
+
+_DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
+    SetAttributes: _set_attributes,
+    AddChild: _add_child,
+    MoveChild: _move_child,
+    ReplaceEnd: _replace_end,
+    Resize: _resize,
+    Reforward: _reforward,
+}

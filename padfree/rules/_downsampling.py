@@ -1,0 +1,178 @@
+"""What the downsampling rules share: which convolutions they look at, where a shortcut can go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from padfree.analysis.convolution import Conv, Site
+from padfree.analysis.sites import Sites
+from padfree.errors import Refusal
+from padfree.geometry import padfree_padding, padfree_size
+from padfree.layers.stem import StemTail
+from padfree.record.recording import Call
+from padfree.rules.base import Editor
+from padfree.types import NEW, Match, Options, Skip
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def strided(sites: Sites) -> Iterator[tuple[Conv, Site]]:
+    """Strided convolutions with a kernel of at least 3 that are not the network's first, and what they act as."""
+    first = {conv.op for conv in sites.first}
+    for conv in sites.convs.values():
+        if max(conv.stride) < 2 or max(conv.kernel) < 3 or conv.fixed or added(sites, conv.path):
+            continue
+        if conv.op not in first and sites.flow.is_map(conv.source):
+            yield conv, sites.site(conv)
+
+
+def added(sites: Sites, path: str) -> bool:
+    """Whether a conversion put this module in; no rule may match such layers again."""
+    parts = path.split(".")
+    above = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    modules = sites.recording.modules
+    return any(part.startswith(NEW) for part in parts) or any(isinstance(modules[name], StemTail) for name in above)
+
+
+def out_of_scope(sites: Sites, conv: Conv) -> str:
+    """Why the method has nothing to say on a strided convolution, or ""."""
+    if sites.flow.feeds_only_attention(conv.out):
+        return "it only subsamples the keys and values of an attention"
+    return conv.out_of_scope()
+
+
+def trouble(sites: Sites, conv: Conv) -> str:
+    """Why a strided convolution cannot be rewritten, or ""."""
+    found = conv.trouble()
+    if found:
+        return found
+    calls = len(sites.recording.calls_of.get(conv.path, ()))
+    if calls != 1:
+        return f"its module is called {calls} times in one forward"
+    if min(sites.flow.size(conv.source)) < 3:
+        return f"its input of {sites.flow.size(conv.source)} pixels is smaller than the 3x3 window"
+    return ""
+
+
+def block_for(sites: Sites, op: int, *values: int, owner: str, child: bool = False) -> Call:
+    """The smallest module whose own forward holds all values; with `child`, one that can take a new child.
+
+    Raises:
+        Refusal: there is none, or it runs more than once in a forward.
+    """
+    around = [call for call in sites.flow.blocks(op, *values) if call.path != owner]
+    inner = [call for call in around if call.path]
+    if child:
+        modules = sites.recording.modules
+        inner = [call for call in inner if not isinstance(modules[call.path], _CONTAINERS)] or inner
+    if not around:
+        raise Refusal("no module's own forward holds both its input and the end of its chain")
+    call = (inner or around)[0]
+    count = len(sites.recording.calls_of[call.path])
+    if count != 1:
+        raise Refusal(f"its block `{call.path}` is called {count} times in one forward")
+    return call
+
+
+def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: dict[str, Any]) -> Match:
+    """A match of a strided convolution, with the sizes before and after."""
+    flow = sites.flow
+    height, width = flow.size(conv.source)
+    return Match(
+        rule=rule,
+        name=conv.path,
+        block=block,
+        domain=flow.domain(conv.out),
+        size=(height, width),
+        out_before=flow.size(conv.out),
+        out_after=(padfree_size(height), padfree_size(width)),
+        detail={"op": conv.op, "kernel": conv.kernel[0], "padding": padfree_padding(conv.spans[0]), **detail},
+    )
+
+
+def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Site) -> Match | Skip:
+    """A match for one conv of a site: its lead carries the pool shortcut, the others only shrink."""
+    outside = out_of_scope(sites, conv)
+    if outside:
+        return Skip(conv.path, outside, rule, sites.flow.domain(conv.out), in_scope=False)
+    parts = ((part, out_of_scope(sites, part) or trouble(sites, part)) for part in site.convs)
+    found = next((f"`{part.path}`: {why}" for part, why in parts if why), "")
+    why = trouble(sites, conv) or found
+    if why:
+        return Skip(conv.path, why, rule, sites.flow.domain(conv.out))
+    if conv != site.lead:
+        return new_match(sites, rule, conv, "", {"lead": site.lead.path})
+    channels = (
+        sites.recording.values[site.source].shape[1],
+        sites.recording.values[site.chain.conv].shape[1],
+    )
+    project = site.dense and channels[0] != channels[1] and not site.shortcut
+    detail: dict[str, Any] = {"channels": list(channels), "points": [point.op for point in site.points]}
+    merge = site.chain.end(options.merge)
+    fused = merge == site.chain.norm and _fused(sites, site)
+    if fused and site.chain.act is not None:
+        merge = site.chain.act
+        detail["unfuse"] = site.chain.act_path
+    ops = [part.op for part in (*site.paired, *site.convs, *site.points)]
+    anchor = min(ops + [part.pad for part in site.convs if part.pad >= 0])
+    try:
+        if site.shortcut:
+            block = None
+        else:
+            block, merge = _block_and_merge(sites, site, merge, project)
+            detail |= {"source": site.source, "merge": merge, "anchor": anchor, "project": int(project)}
+            window = (conv.spans[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
+            detail |= {"pool": list(window), "repeat": 1 if site.dense else channels[1] // channels[0]}
+        if site.points:
+            around = block_for(sites, site.points[0].op, site.points[0].source, owner=site.points[0].path)
+            detail["points_block"] = around.path
+    except Refusal as refusal:
+        return Skip(conv.path, str(refusal), rule, sites.flow.domain(conv.out))
+    return new_match(sites, rule, conv, "" if block is None else block.path, detail)
+
+
+def _block_and_merge(sites: Sites, site: Site, merge: int, child: bool) -> tuple[Call, int]:
+    """The block that holds the site's source and `merge`; or, where none does, an earlier part of the chain.
+
+    A norm or activation that only another module's forward sees together with the source is that module's:
+    the chain ends before it (a pre-activation conv inside a module of its own).
+
+    Raises:
+        Refusal: no module holds the source and any part of the chain.
+    """
+    lead, chain = site.lead, site.chain
+    parts = [value for value in (chain.conv, chain.norm, chain.act) if value is not None and value <= merge]
+    refusal = Refusal("")
+    for value in reversed(parts):
+        try:
+            return block_for(sites, lead.op, site.source, value, owner=lead.path, child=child), value
+        except Refusal as error:
+            refusal = refusal if str(refusal) else error
+    raise refusal
+
+
+def _fused(sites: Sites, site: Site) -> bool:
+    """Whether the chain's activation is a parameter-free part of its norm (timm's BatchNormAct2d)."""
+    chain, recording = site.chain, sites.recording
+    if not chain.norm_path or not chain.act_path.startswith(f"{chain.norm_path}."):
+        return False
+    return len(recording.calls_of[chain.act_path]) == 1 and not recording.modules[chain.act_path].state_dict()
+
+
+def rewrite_site(match: Match, edit: Editor) -> None:
+    """Reduce the padding, add the shortcut where the match carries one, crop for summed 1x1 convs."""
+    detail = match.detail
+    conv = edit.sites.convs[detail["op"]]
+    if "merge" in detail:
+        edit.shortcut(
+            match.block, detail["source"], detail["anchor"], detail["merge"], detail["pool"][0], detail["pool"][1],
+            detail["repeat"], bool(detail["project"]),
+        )  # fmt: skip
+        if "unfuse" in detail:
+            edit.unfuse(match.block, detail["merge"], detail["unfuse"])
+    for op in detail.get("points", ()):
+        edit.crop(detail["points_block"], edit.sites.convs[op].source, op, 1)
+    edit.conv(conv, detail["padding"])

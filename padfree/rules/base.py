@@ -1,0 +1,149 @@
+"""What a rule is, and the table of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from padfree.analysis.convolution import Conv
+from padfree.analysis.sites import Sites
+from padfree.errors import PadfreeError
+from padfree.layers.spec import Spec
+from padfree.types import Match, Options, Skip
+
+Matcher = Callable[[Sites, Options], Iterable[Match | Skip]]
+
+
+class Editor(Protocol):
+    """What `Rule.rewrite` may do to a network; everything else is out of its reach.
+
+    Values and operations are indices of the recording, blocks are module paths.
+    """
+
+    sites: Sites
+    options: Options
+
+    def conv(self, conv: Conv, padding: int, stride: int | None = None) -> None:
+        """Give a convolution another padding (and stride); a pad operation before it goes."""
+
+    def pool(self, op: int) -> None:
+        """Turn a parallel pool into its 3x3 stride-2 form without padding."""
+
+    def shortcut(
+        self,
+        block: str,
+        source: int,
+        anchor: int,
+        merge: int,
+        kernel: int,
+        padding: int,
+        repeat: int,
+        project: bool,
+    ) -> None:
+        """Add max-pool(source), taken just before operation `anchor`, to `merge`."""
+
+    def unfuse(self, block: str, value: int, path: str) -> None:
+        """Let `block` call a norm's own activation `path` itself, after what is now added to `value`."""
+
+    def crop(self, block: str, source: int, op: int, margin: int) -> None:
+        """Let operation `op` read `source` without its outermost `margin` pixels."""
+
+    def before(self, block: str, source: int, op: int, spec: Spec) -> None:
+        """Let operation `op` read a new layer's output on `source`."""
+
+    def after(self, block: str, value: int, spec: Spec) -> None:
+        """Put a new layer after `value`."""
+
+    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:
+        """Put a new layer on `source` in the place of operation `op`, which goes."""
+
+    def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:
+        """Add a new layer's output on `source` to `merge`."""
+
+    def pooled(self, block: str, source: int, op: int) -> None:
+        """Let operation `op` read max-pool(source), 3x3 stride 2 without padding."""
+
+    def replace_end(self, path: str, spec: Spec) -> None:
+        """Put a new layer in the place of a parameter-free module, which becomes its part."""
+
+    def resize(self, path: str, shape: tuple[int, ...]) -> None:
+        """Give a parameter another shape by linear interpolation along the sides that differ."""
+
+    def assign(self, path: str, **attributes: Any) -> None:
+        """Set plain attributes of a module."""
+
+
+Sizes = dict[int, tuple[int, int]]
+"""(H, W) by domain, as they will be after a conversion."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A toy network a rule is tried on, and what must come of it.
+
+    Attributes:
+        build: makes the network. input_size: (C, H, W). expect: match names, or for a counterexample
+            words of the reason. options: options to plan with.
+    """
+
+    build: Callable[[], nn.Module]
+    input_size: tuple[int, ...]
+    expect: tuple[str, ...]
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rewrite.
+
+    Attributes:
+        name: what `rules=` and plans call it.
+        match: finds places in a recording; yields a `Match` or a `Skip` for each.
+        rewrite: carries one match out through the editor.
+        follow: for layers whose own size must follow their map: given the sizes after the planned
+            conversion, yields further matches (`paper.md`, ParC-MobileNetV2).
+        default: whether `convert` uses it when no rules are named.
+    """
+
+    name: str
+    match: Matcher
+    rewrite: Callable[[Match, Editor], None]
+    examples: tuple[Example, ...] = ()
+    counterexamples: tuple[Example, ...] = ()
+    follow: Callable[[Sites, Options, Sizes], Iterable[Match]] | None = None
+    default: bool = True
+
+
+_RULES: dict[str, Rule] = {}
+
+
+def register(rule: Rule) -> Rule:
+    """Add a rule to the table; a rule of the same name is replaced.
+
+    Raises:
+        PadfreeError: it is not a `Rule` or has no name.
+    """
+    if not isinstance(rule, Rule) or not rule.name.isidentifier():
+        raise PadfreeError(f"register takes a padfree.Rule with a name that is an identifier, not {rule!r}")
+    _RULES[rule.name] = rule
+    return rule
+
+
+def rules(names: Iterable[str] | None = None) -> tuple[Rule, ...]:
+    """The rules of these names, or the default ones.
+
+    Raises:
+        PadfreeError: a name is unknown, or none is given.
+    """
+    if names is None:
+        return tuple(rule for rule in _RULES.values() if rule.default)
+    wanted: tuple[Any, ...] = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (names,)
+    unknown = [name for name in wanted if not isinstance(name, str) or name not in _RULES]
+    if unknown or not wanted:
+        raise PadfreeError(
+            f"unknown rule {', '.join(map(repr, unknown)) or '(none given)'}; there are {', '.join(_RULES)}"
+        )
+    return tuple(_RULES[name] for name in dict.fromkeys(wanted))

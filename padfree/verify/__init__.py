@@ -1,0 +1,1 @@
+"""Whether a converted copy still is the network it was."""
