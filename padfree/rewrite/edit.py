@@ -44,24 +44,21 @@ class BlockEdit:
         """The node that runs a recorded operation."""
         return self.traced.anchors[op]
 
-    def call(self, before: fx.Node, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> fx.Node:
-        """A new node before another: a function, or a new child named after `name`."""
-        graph = self.traced.graph
-        with graph.inserting_before(before):
-            if isinstance(target, Spec):
-                child = self._child(name, target)
-                return graph.call_module(child, args)
-            return graph.call_function(target, args)
+    def call(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of a function, put before another node."""
+        with self.traced.graph.inserting_before(before):
+            return self.traced.graph.call_function(function, args)
+
+    def call_new(self, before: fx.Node, spec: Spec, *args: Any) -> fx.Node:
+        """A call of a new child, put before another node."""
+        name = self.reserve(spec.child)
+        self.children.append((name, spec))
+        return self.call_child(before, name, *args)
 
     def call_child(self, before: fx.Node, name: str, *args: Any) -> fx.Node:
-        """A call of a child by name."""
+        """A call of a child by name, put before another node."""
         with self.traced.graph.inserting_before(before):
             return self.traced.graph.call_module(name, args)
-
-    def _child(self, name: str, spec: Spec) -> str:
-        unique = self.reserve(name)
-        self.children.append((unique, spec))
-        return unique
 
     def reserve(self, name: str) -> str:
         """A free name for a new child."""

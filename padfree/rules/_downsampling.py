@@ -13,7 +13,7 @@ from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
 from padfree.layers.stem import StemTail
 from padfree.record.recording import Call
-from padfree.rules.base import Editor
+from padfree.rules.base import Editor, Shortcut
 from padfree.types import NEW, Match, Options, Skip
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -167,10 +167,12 @@ def rewrite_site(match: Match, edit: Editor) -> None:
     detail = match.detail
     conv = edit.sites.convs[detail["op"]]
     if "merge" in detail:
-        edit.shortcut(
-            match.block, detail["source"], detail["anchor"], detail["merge"], detail["pool"][0], detail["pool"][1],
-            detail["repeat"], bool(detail["project"]),
+        kernel, padding = detail["pool"]
+        shortcut = Shortcut(
+            detail["source"], detail["anchor"], detail["merge"], kernel, padding, detail["repeat"],
+            bool(detail["project"]),
         )  # fmt: skip
+        edit.shortcut(match.block, shortcut)
         if "unfuse" in detail:
             edit.unfuse(match.block, detail["merge"], detail["unfuse"])
     for op in detail.get("points", ()):

@@ -11,16 +11,39 @@ from torch import nn
 from padfree.analysis.convolution import Conv
 from padfree.analysis.sites import Sites
 from padfree.errors import PadfreeError
-from padfree.layers.spec import Spec
+from padfree.layers.spec import Spec, StemTailSpec
 from padfree.types import Match, Options, Skip
 
 Matcher = Callable[[Sites, Options], Iterable[Match | Skip]]
 
 
+@dataclass(frozen=True)
+class Shortcut:
+    """A max-pool of stride 2 parallel to a strided chain: merge + repeat(maxpool(source)).
+
+    Attributes:
+        source: the value pooled.
+        anchor: the operation just before which it is pooled: the first of the chain that reads `source`.
+        merge: the value that the pooled map is added to.
+        kernel, padding: of the pool, pixels.
+        repeat: how often each pooled channel comes (a depthwise conv's channel multiplier).
+        project: a 1x1 conv maps the pooled channels to those of `merge`.
+    """
+
+    source: int
+    anchor: int
+    merge: int
+    kernel: int = 3
+    padding: int = 0
+    repeat: int = 1
+    project: bool = False
+
+
 class Editor(Protocol):
     """What `Rule.rewrite` may do to a network; everything else is out of its reach.
 
-    Values and operations are indices of the recording, blocks are module paths.
+    Values and operations are indices of the recording, blocks are paths of modules whose own forward holds them.
+    Each method raises `Refusal` where the block's forward cannot be traced, or does not hold what is to be edited.
     """
 
     sites: Sites
@@ -32,18 +55,8 @@ class Editor(Protocol):
     def pool(self, op: int) -> None:
         """Turn a parallel pool into its 3x3 stride-2 form without padding."""
 
-    def shortcut(
-        self,
-        block: str,
-        source: int,
-        anchor: int,
-        merge: int,
-        kernel: int,
-        padding: int,
-        repeat: int,
-        project: bool,
-    ) -> None:
-        """Add max-pool(source), taken just before operation `anchor`, to `merge`."""
+    def shortcut(self, block: str, shortcut: Shortcut) -> None:
+        """Add a max-pool shortcut to a strided chain."""
 
     def unfuse(self, block: str, value: int, path: str) -> None:
         """Let `block` call a norm's own activation `path` itself, after what is now added to `value`."""
@@ -51,22 +64,22 @@ class Editor(Protocol):
     def crop(self, block: str, source: int, op: int, margin: int) -> None:
         """Let operation `op` read `source` without its outermost `margin` pixels."""
 
-    def before(self, block: str, source: int, op: int, spec: Spec) -> None:
+    def insert_before(self, block: str, source: int, op: int, spec: Spec) -> None:
         """Let operation `op` read a new layer's output on `source`."""
 
-    def after(self, block: str, value: int, spec: Spec) -> None:
+    def insert_after(self, block: str, value: int, spec: Spec) -> None:
         """Put a new layer after `value`."""
 
-    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:
+    def replace(self, block: str, source: int, op: int, spec: Spec) -> None:
         """Put a new layer on `source` in the place of operation `op`, which goes."""
 
-    def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:
-        """Add a new layer's output on `source` to `merge`."""
+    def add_parallel(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:
+        """Add a new layer's output on `source`, run just before operation `anchor`, to `merge`."""
 
-    def pooled(self, block: str, source: int, op: int) -> None:
+    def pool_input(self, block: str, source: int, op: int) -> None:
         """Let operation `op` read max-pool(source), 3x3 stride 2 without padding."""
 
-    def replace_end(self, path: str, spec: Spec) -> None:
+    def replace_end(self, path: str, spec: StemTailSpec) -> None:
         """Put a new layer in the place of a parameter-free module, which becomes its part."""
 
     def resize(self, path: str, shape: tuple[int, ...]) -> None:

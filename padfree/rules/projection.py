@@ -25,7 +25,7 @@ from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
-from padfree.layers.spec import Spec
+from padfree.layers.spec import DenseReductionSpec, DepthwiseReductionSpec, NormSpec
 from padfree.record.recorder import Op
 from padfree.rules._downsampling import block_for, strided
 from padfree.rules._toys import Residual, net, unit
@@ -185,15 +185,14 @@ def rewrite(match: Match, edit: Editor) -> None:
         edit.conv(conv, detail["blur"])
         return
     if detail["dense"]:
-        spec = Spec("dense_reduction", (conv.in_channels, conv.out_channels), conv.path)
-        edit.beside(match.block, source, op, conv.out, spec)
-        edit.pooled(match.block, source, op)
+        spec = DenseReductionSpec(conv.path, conv.in_channels, conv.out_channels)
+        edit.add_parallel(match.block, source, op, conv.out, spec)
+        edit.pool_input(match.block, source, op)
     else:
-        channels = (conv.in_channels, conv.in_channels)
-        edit.before(match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"]))
-        if "own_norm" in detail and detail["norm"]:
-            channels = (conv.out_channels, conv.out_channels)
-            edit.after(match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"]))
+        norm = detail["norm"] or None
+        edit.insert_before(match.block, source, op, DepthwiseReductionSpec(conv.path, conv.in_channels, norm))
+        if "own_norm" in detail and norm:
+            edit.insert_after(match.block, detail["own_norm"], NormSpec(conv.path, conv.out_channels, norm))
     edit.conv(conv, 0, stride=1)
 
 

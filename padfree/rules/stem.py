@@ -29,7 +29,7 @@ from padfree.analysis.convolution import Conv, Site
 from padfree.analysis.kinds import AFFINE, AVG_POOLS, MAX_POOLS, NORMS, plain_kind
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
-from padfree.layers.spec import FUNCTIONS, Spec
+from padfree.layers.spec import FUNCTIONS, StemTailSpec
 from padfree.layers.stem import StemTail
 from padfree.record.recorder import Op
 from padfree.rules._downsampling import block_for
@@ -220,18 +220,25 @@ def _replaceable(sites: Sites, path: str) -> bool:
 def rewrite(match: Match, edit: Editor) -> None:
     """Put the tail in place."""
     detail = match.detail
-    channels = (detail["channels"], detail["channels"])
-    spec = Spec(
-        "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
-        function=detail["function"], settings=tuple(detail.get("settings", ())), absorbs=bool(detail["absorbs"]),
-        residual=edit.options.stem_residual, preact=bool(detail["preact"]), norm_last=bool(detail["norm_last"]),
-    )  # fmt: skip
+    spec = StemTailSpec(
+        match.name,
+        detail["channels"],
+        stride=detail["stride"],
+        norm=detail["norm"] or None,
+        act=detail["act"] or None,
+        function=detail["function"] or None,
+        settings=tuple(detail.get("settings", ())),
+        absorbs=bool(detail["absorbs"]),
+        residual=edit.options.stem_residual,
+        preact=bool(detail["preact"]),
+        norm_last=bool(detail["norm_last"]),
+    )
     if "place" in detail:
         edit.replace_end(detail["place"], spec)
     elif "pool" in detail:
-        edit.instead(match.block, detail["end"], detail["pool"], spec)
+        edit.replace(match.block, detail["end"], detail["pool"], spec)
     else:
-        edit.after(match.block, detail["value"], spec)
+        edit.insert_after(match.block, detail["value"], spec)
 
 
 SIZE = (3, 32, 32)
