@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from padfree.indices import ValueId
+
 
 class Ref(NamedTuple):
     """Stands for a tensor among an operation's recorded arguments."""
 
-    value: int
+    value: ValueId
 
 
 def first_line(error: BaseException) -> str:
@@ -66,7 +68,7 @@ def repeat_batch(tree: Any) -> Any:
     return tree
 
 
-def freeze(tree: Any, index: Callable[[torch.Tensor], int]) -> Any:
+def freeze(tree: Any, index: Callable[[torch.Tensor], ValueId]) -> Any:
     """Nested arguments as nested tuples, tensors as `Ref`."""
     if isinstance(tree, torch.Tensor):
         return Ref(index(tree)) if tree.layout == torch.strided else "sparse"

@@ -13,6 +13,7 @@ from padfree.analysis.convolution import Conv
 from padfree.analysis.kinds import AVG_POOLS, data_input
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.layers.spec import PoolProjectionSpec, Spec, StemTailSpec
 from padfree.pooling import shortcut_pool
 from padfree.record.recording import Call
@@ -83,7 +84,7 @@ class Surgeon:
             values[reversed_name] = [padding] * 4
         self._operations.append(SetAttributes(conv.path, tuple(values.items())))
 
-    def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
+    def _unpad(self, path: str, op: OpId, pad: OpId, source: ValueId, values: dict[str, Any]) -> None:
         recording = self._recording
         if recording.ops[pad].call == recording.ops[op].call:
             source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
@@ -101,7 +102,7 @@ class Surgeon:
         edit.anchor(op).replace_input_with(padded, edit.read(source, padded))
         edit.drop(padded)
 
-    def pool(self, op: int) -> None:  # noqa: D102
+    def pool(self, op: OpId) -> None:  # noqa: D102
         recording = self._recording
         recorded = recording.ops[op]
         path = recording.calls[recorded.call].path
@@ -145,42 +146,42 @@ class Surgeon:
                 pooled = edit.call(at, torch.repeat_interleave, pooled, shortcut.repeat, 1)
         edit.substitute(edit.node(shortcut.merge), lambda old, at: edit.call(at, operator.add, old, pooled))
 
-    def unfuse(self, block: str, value: int, path: str) -> None:  # noqa: D102
+    def unfuse(self, block: str, value: ValueId, path: str) -> None:  # noqa: D102
         edit = self._block(block)
         name = edit.reserve("act")
         edit.substitute(edit.node(value), lambda old, at: edit.call_child(at, name, old))
         self._operations.append(MoveChild(block, path, name))
 
-    def crop(self, block: str, source: int, op: int, margin: int) -> None:  # noqa: D102
+    def crop(self, block: str, source: ValueId, op: OpId, margin: int) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
         every = slice(None)
         inner = slice(margin, -margin)
         at.replace_input_with(read, edit.call(at, operator.getitem, read, (every, every, inner, inner)))
 
-    def insert_before(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+    def insert_before(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
         at.replace_input_with(read, edit.call_new(at, spec, read))
 
-    def insert_after(self, block: str, value: int, spec: Spec) -> None:  # noqa: D102
+    def insert_after(self, block: str, value: ValueId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         edit.substitute(edit.node(value), lambda old, at: edit.call_new(at, spec, old))
 
-    def replace(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+    def replace(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         node = edit.anchor(op)
         read = edit.read(source, node)
         edit.substitute(node, lambda old, at: edit.call_new(at, spec, read))
         edit.drop(node)
 
-    def add_parallel(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:  # noqa: D102
+    def add_parallel(self, block: str, source: ValueId, anchor: OpId, merge: ValueId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, anchor)
         new = edit.call_new(at, spec, read)
         edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, new))
 
-    def pool_input(self, block: str, source: int, op: int) -> None:  # noqa: D102
+    def pool_input(self, block: str, source: ValueId, op: OpId) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
         at.replace_input_with(read, edit.call(at, shortcut_pool, read))
@@ -196,7 +197,7 @@ class Surgeon:
 
     # -------------------------------------------------------------------------------------------
 
-    def _reading(self, edit: BlockEdit, source: int, op: int) -> tuple[fx.Node, fx.Node]:
+    def _reading(self, edit: BlockEdit, source: ValueId, op: OpId) -> tuple[fx.Node, fx.Node]:
         """The node that runs an operation, and the one that it has `source` from.
 
         Raises:
@@ -209,10 +210,10 @@ class Surgeon:
                 raise Refusal(f"`{path}` changes in training what the conv reads, where no forward holds both")
         return at, edit.read(source, at)
 
-    def _channels(self, value: int) -> int:
+    def _channels(self, value: ValueId) -> int:
         return self._recording.values[value].shape[1]
 
-    def _weight_near(self, op: int) -> str:
+    def _weight_near(self, op: OpId) -> str:
         call = self._recording.ops[op].call
         return self._recording.calls[call].path
 
