@@ -12,7 +12,7 @@ from padfree.plan.patterns import Exactly, Key, Named
 from padfree.record.recorder import Op
 from padfree.rules.base import Rule
 from padfree.rules.base import rules as default_rules
-from padfree.types import Detail, Match, Options, Skip
+from padfree.types import NO_DOMAIN, Detail, Match, Options, Skip
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,15 @@ def find(
                 skips.append(item)
     wanted = places.wanted(found, skips)
     in_use = {rule.name for rule in selected}
+    left = {
+        match.key: places.unwanted if match.rule in in_use else f"needs rule {match.rule!r}, which is not selected"
+        for match in found
+        if match.rule not in in_use or match.key not in wanted
+    }
     groups: list[Group] = []
     for domain in sorted({match.domain for match in found}):
         together = [match for match in found if match.domain == domain]
-        for group, why in _whole(sites, domain, together, skips, in_use, wanted):
+        for group, why in _whole(sites, domain, together, skips, left):
             if why:
                 skips += [Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use]
             else:
@@ -63,34 +68,28 @@ def find(
 
 
 def _whole(
-    sites: Sites, domain: DomainId, together: list[Match], skips: list[Skip], in_use: set[str], wanted: frozenset[Key]
+    sites: Sites, domain: DomainId, together: list[Match], skips: list[Skip], left: dict[Key, str]
 ) -> list[tuple[list[Match], str]]:
-    """The domain's matches with "" if it can be converted whole, or with the reason it cannot."""
-    if domain < 0:
-        parts = [[match] for match in together]
-        return [
-            (part, "" if part[0].key in wanted and part[0].rule in in_use else _left(part[0], in_use)) for part in parts
-        ]
+    """The domain's matches with "" if it can be converted whole, or with the reason it cannot.
+
+    `left` says of matches that are not wanted why.
+    """
+    if domain == NO_DOMAIN:
+        return [([match], left.get(match.key, "")) for match in together]
     kept = [match for match in together if not (isinstance(match.detail, Detail) and match.detail.unchanged)]
     if not any(match.rule != "projection" for match in kept):
         mains = [skip for skip in skips if skip.domain == domain]
         why = f"`{mains[0].name}`: {mains[0].reason}" if mains else "no strided conv with it is converted"
         return [(kept, why)]
     for match in kept:
-        if match.rule not in in_use or match.key not in wanted:
-            return [(kept, f"`{match.name}` enters the same map and {_left(match, in_use)}")]
+        if match.key in left:
+            return [(kept, f"`{match.name}` enters the same map and {left[match.key]}")]
     covered = {op for match in together for op in match.operations}
     for op in sites.flow.entries.get(domain, ()):
         if op.index not in covered and not _shrinks_alike(sites, op):
             path, why = _entry_reason(sites, op, skips)
             return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
     return [(kept, "")]
-
-
-def _left(match: Match, in_use: set[str]) -> str:
-    if match.rule not in in_use:
-        return f"needs rule {match.rule!r}, which is not selected"
-    return "is not among the included modules, or is excluded"
 
 
 def _shrinks_alike(sites: Sites, op: Op) -> bool:

@@ -21,6 +21,7 @@ class Named:
 
     include: Patterns = None
     exclude: Patterns = None
+    unwanted = "is not among the included modules, or is excluded"
 
     def wanted(self, matches: Iterable[Match], skips: Iterable[Skip]) -> frozenset[Key]:
         """The keys of the matches that are wanted.
@@ -40,6 +41,7 @@ class Exactly:
     """The places of a plan."""
 
     keys: frozenset[Key]
+    unwanted = "is not in the plan, or is another operation there"
 
     def wanted(self, matches: Iterable[Match], skips: Iterable[Skip]) -> frozenset[Key]:
         """The keys of the matches that are wanted."""

@@ -62,6 +62,9 @@ def check_matches(matches: Sequence[Match]) -> None:
 def _check_length(data: Mapping[str, Any]) -> None:
     count, current = 0, data
     while isinstance(current, Mapping):
+        for name in ("matches", "skips"):
+            if not isinstance(current[name], (list, tuple)):
+                raise TypeError(f"{name} is {current[name]!r}")
         count += len(current["matches"]) + len(current["skips"]) + 1
         if count > _MOST:
             raise PlanError(f"the plan has {count} matches and skips; no network has more than {_MOST}")
