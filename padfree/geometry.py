@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-Pair = tuple[int, int]
-
 
 def size_text(size: Iterable[int]) -> str:
     """A size in messages: 3x224x224."""

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.indices import CallId, OpId, ValueId
-from padfree.record.trees import collect, freeze, geometry_key, storage, to_meta
+from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
 
 NO_OP = OpId(-1)
 
@@ -81,32 +81,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors: list[torch.Tensor] = []
-        collect(args, tensors)
-        collect(tuple(kwargs.values()), tensors)
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = to_meta(args), {key: to_meta(item) for key, item in kwargs.items()}
+        given = tensors((args, kwargs))
+        if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
+            args, kwargs = to_meta((args, kwargs))
             if isinstance(kwargs.get("device"), torch.device):
                 kwargs["device"] = torch.device("meta")
-        elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
+        elif given and given[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        refs = [self.value(tensor) for tensor in tensors]
+        refs = [self.value(tensor) for tensor in given]
         frozen = freeze((args, kwargs), self.value)
-        result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
+        result = _quick_meta(func, args) if given and given[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
         if (
-            tensors
+            given
             and isinstance(result, torch.Tensor)
             and not func._schema.is_mutable
-            and geometry_key(result) == geometry_key(tensors[0])
+            and geometry_key(result) == geometry_key(given[0])
         ):
             return result  # a view of the same thing: the same value
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
-        outputs: list[torch.Tensor] = []
-        collect((result,), outputs)
         index = OpId(len(self.ops))
-        made = tuple(self._new(out, index, bool(live)) for out in outputs)
+        made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
         self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
         return result
 
