@@ -26,7 +26,7 @@ class Options:
     Attributes:
         merge: where the pool shortcut is added: after the "activation", the "norm" or the "conv"
             of the strided conv's chain, or at the chain's end where it ends earlier.
-        pool: "3x3" (stride 2, no padding, beside every kernel) or "kernel" (the conv's own kernel
+        pool: "3x3" (stride 2, no padding, whatever the conv's kernel) or "kernel" (the conv's own kernel
             and reduced padding; GhostNet).
         projection: what a strided 1x1 shortcut becomes: "depthwise" or "dense" (WRN-40-3).
         stem_residual: add the stem's output back after the hybrid tail (ResNets and WRNs).
@@ -54,7 +54,7 @@ class Options:
 
 
 class Detail:
-    """What a rule needs to know of a place besides what every match says.
+    """What a rule needs to know of a place, over what every match says.
 
     A rule's own is a frozen dataclass of integers, flags, strings, tuples and dataclasses of them, or None for what is
     absent. The rule names it in `Rule.details`, so that plans can be read back.

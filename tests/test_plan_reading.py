@@ -17,9 +17,10 @@ import padfree
 from padfree.errors import PlanError
 from padfree.rules._downsampling import Downsampling
 from padfree.rules._toys import Residual, depthwise, net, unit
-from padfree.rules.base import Shortcut, registered, rules
+from padfree.rules.base import Rule, Shortcut, registered, rules
 from padfree.rules.projection import Pool, Projection
 from padfree.rules.stem import Stem
+from padfree.types import Detail
 
 SIZE = (3, 32, 32)
 
@@ -150,7 +151,7 @@ def test_format_1_is_read_as_what_is_planned_now() -> None:
 @pytest.mark.parametrize(
     ("rule", "old", "new"),
     [
-        ("depthwise", {"op": 7, "kernel": 5, "padding": 1, "lead": "a.b"}, Downsampling(7, 5, 1, lead="a.b")),
+        ("depthwise", {"op": 7, "kernel": 5, "padding": 1, "lead": "a.b"}, Downsampling(7, 5, 1, largest="a.b")),
         ("projection", {"op": 7, "kept": 1}, Pool(7, kept=True)),
         ("projection", {"op": 7}, Pool(7)),
         (
@@ -220,10 +221,10 @@ Change = Callable[[dict[str, Any]], Any]
             "is of kind 'Pool'; rule 'dense' has Downsampl",
         ),
         (lambda plan: plan["matches"][1]["detail"].pop("kind"), "KeyError: 'kind'"),
-        (lambda plan: plan["matches"][1]["detail"].pop("lead"), "has no 'lead'"),
+        (lambda plan: plan["matches"][1]["detail"].pop("largest"), "has no 'largest'"),
         (lambda plan: plan["matches"][1]["detail"].update(stride=2), "has an unknown 'stride'"),
         (lambda plan: plan["matches"][1]["detail"].update(kernel=3.0), "kernel of the detail of `1.main.0` is 3.0"),
-        (lambda plan: plan["matches"][1]["detail"].update(lead=1), "lead of the detail of `1.main.0` is 1"),
+        (lambda plan: plan["matches"][1]["detail"].update(largest=1), "largest of the detail of `1.main.0` is 1"),
         (lambda plan: plan["matches"][1]["detail"].update(channels=[8]), r"channels of .* is \[8\]"),
         (lambda plan: plan["matches"][1]["detail"]["shortcut"].update(project=1), "project of .* is 1"),
         (lambda plan: plan["matches"][1]["detail"]["shortcut"].pop("merge"), "has no 'merge'"),
@@ -275,6 +276,15 @@ def test_far_too_much_is_refused_before_it_is_read(where: str) -> None:
         plan[where] = Unread()
     with pytest.raises(PlanError, match=r"no network has more than 10000"):
         padfree.Plan.from_dict(plan)
+
+
+def test_a_long_row_of_earlier_plans_is_refused() -> None:
+    plan = {**written(), "matches": [], "skips": []}
+    row = plan
+    for _ in range(3_000):
+        row = {**plan, "earlier": row}
+    with pytest.raises(PlanError, match="more than 100 plans"):
+        padfree.Plan.from_dict(row)
 
 
 # -- what does not fit is refused when it is applied -------------------------------------------------------------
@@ -353,3 +363,24 @@ def test_from_convert_to_the_first_edit_are_five_frames(monkeypatch: pytest.Monk
     monkeypatch.setattr(Surgeon, "shortcut", seen)
     padfree.convert(build(), input_size=SIZE)
     assert found and max(map(len, found)) <= 5, found
+
+
+# -- rules of users ----------------------------------------------------------------------------------------------
+
+
+def test_a_rule_without_detail_classes_keeps_a_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registered(), "mine", Rule("mine", lambda sites, options: (), lambda match, edit: None))  # type: ignore[arg-type]
+    match = {**FORMAT_1["matches"][1], "rule": "mine", "detail": {"op": 4, "names": ["a", "b"]}}
+    for number in (1, 2):
+        plan = padfree.Plan.from_dict({**FORMAT_1, "format": number, "matches": [match]})
+        assert plan.matches[0].detail == {"op": 4, "names": ["a", "b"]} and plan.matches[0].operations == (4,)
+    wrong = {**match, "detail": {"op": "4"}}
+    with pytest.raises(PlanError, match=r"op of the detail of `1.main.0` is '4'"):
+        padfree.Plan.from_dict({**FORMAT_1, "matches": [wrong]})
+
+
+@pytest.mark.parametrize("kind", [dict, int, Detail, "Pool"])
+def test_details_that_are_no_dataclasses_are_refused(kind: Any) -> None:
+    with pytest.raises(padfree.PadfreeError, match="rule 'mine' has the detail"):
+        padfree.register(Rule("mine", lambda sites, options: (), lambda match, edit: None, details=(kind,)))
+    assert "mine" not in registered()

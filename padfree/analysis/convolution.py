@@ -91,7 +91,7 @@ class Site:
     """Convolutions that act as one strided convolution.
 
     Attributes:
-        convs: those with a kernel of at least 3; the first leads (largest kernel).
+        convs: those with a kernel of at least 3, the largest first.
         points: 1x1 strided convs summed with them, which read the centre pixel of the others' windows.
         source: the value the pool shortcut reads.
         chain: what follows (norm, activation).
@@ -109,6 +109,6 @@ class Site:
     shortcut: bool
 
     @property
-    def lead(self) -> Conv:
-        """The conv the site is named after."""
+    def largest(self) -> Conv:
+        """The conv with the largest kernel; it carries the shortcut."""
         return self.convs[0]

@@ -21,6 +21,7 @@ from padfree.analysis.kinds import (
 )
 from padfree.analysis.maps import Maps
 from padfree.indices import DomainId, OpId, ValueId
+from padfree.record.copies import in_mode
 from padfree.record.recorder import Op, Recorder
 from padfree.record.recording import Call
 from padfree.record.trees import Ref
@@ -61,7 +62,7 @@ class Flow(Maps):
             current if same or (normed and norm is None) else value if norm is None else norm
         )
         act_last = act is not None and not same and norm is None
-        if act_last:  # the map is laid out anew for its norm, and laid back behind its activation
+        if act_last:  # the map is laid out anew for its norm, and laid back after its activation
             act = self._laid_back(act, value)
         norm_path = norm_path if norm is not None or act_last else ""
         read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
@@ -94,14 +95,11 @@ class Flow(Maps):
     def _acts_in_training(self, call: Call) -> bool:
         module = self.recording.modules[call.path]
         args, kwargs = call.arguments
-        module.train()
         try:
-            with torch.random.fork_rng(devices=[]), Recorder() as recorder:
+            with in_mode(module.modules(), True), torch.random.fork_rng(devices=[]), Recorder() as recorder:
                 type(module).forward(module, *args, **kwargs)
         except Exception:  # whatever it does in training, it is more than to pass a value on
             return True
-        finally:
-            module.eval()
         return bool(recorder.ops)
 
     def _scales_channels(self, op: Op) -> bool:
@@ -154,7 +152,7 @@ class Flow(Maps):
         return None
 
     def _scaled(self, value: ValueId) -> ValueId:
-        """`value` behind the numbers that it is multiplied with, or added to."""
+        """The value after the numbers that `value` is multiplied with, or added to."""
         while (op := self.sole_consumer(value)) is not None and plain_kind(op) in AFFINE and len(op.inputs) == 1:
             if self._scales_channels(op):
                 break

@@ -92,7 +92,7 @@ class Maps:
         side = (shape[2], shape[3]) if len(shape) == 4 else None
         carried = [source for source in inputs if source in self._tag]
         alike = [source for source in carried if self._tag[source] == side]
-        wide = [source for source in carried if self._tag[source] != (1, 1)]  # gates of one pixel aside
+        wide = [source for source in carried if self._tag[source] != (1, 1)]  # but a squeeze-excitation's of one pixel
         if side is not None and (alike or self._makes_map(value, carried)):
             self._maps.add(value)
             self._tag[value] = side

@@ -21,8 +21,9 @@ def _downsampling(detail: dict[str, Any]) -> dict[str, Any]:
         kernel, padding = detail.pop("pool")
         shortcut = {name: detail.pop(name) for name in ("source", "anchor", "merge", "repeat", "project")}
         shortcut |= {"kernel": kernel, "padding": padding, "project": _flag(shortcut["project"])}
-    absent: dict[str, Any] = {"lead": None, "channels": None, "points": [], "points_block": None, "unfuse": None}
-    return {"kind": "Downsampling", **absent, **detail, "shortcut": shortcut}
+    absent: dict[str, Any] = {"channels": None, "points": [], "points_block": None, "unfuse": None}
+    largest = detail.pop("lead", None)
+    return {"kind": "Downsampling", "largest": largest, **absent, **detail, "shortcut": shortcut}
 
 
 def _projection(detail: dict[str, Any]) -> dict[str, Any]:

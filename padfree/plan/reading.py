@@ -15,6 +15,7 @@ from padfree.rules.base import registered
 from padfree.types import PLAN_FORMAT, Detail, Match, Options, Skip
 
 _MOST = 10_000  # matches and skips of a plan and those before it: many times those of the largest networks
+_MOST_PLANS = 100  # one after another; a network is converted in part a few times at most
 
 
 def read(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,14 +61,17 @@ def check_matches(matches: Sequence[Match]) -> None:
 
 
 def _check_length(data: Mapping[str, Any]) -> None:
-    count, current = 0, data
+    count, plans, current = 0, 0, data
     while isinstance(current, Mapping):
         for name in ("matches", "skips"):
             if not isinstance(current[name], (list, tuple)):
                 raise TypeError(f"{name} is {current[name]!r}")
-        count += len(current["matches"]) + len(current["skips"]) + 1
+        count += len(current["matches"]) + len(current["skips"])
         if count > _MOST:
             raise PlanError(f"the plan has {count} matches and skips; no network has more than {_MOST}")
+        plans += 1
+        if plans > _MOST_PLANS:
+            raise PlanError(f"more than {_MOST_PLANS} plans one before the other")
         current = current.get("earlier")  # type: ignore[assignment]
 
 

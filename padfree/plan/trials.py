@@ -16,7 +16,7 @@ from padfree.rules.base import Rule
 from padfree.types import Match, Options, Skip
 from padfree.verify.verify import verify
 
-_PASSES = 3  # how often groups that failed are tried again beside those that were kept since
+_PASSES = 3  # how often groups that failed are tried again with those that were kept since
 
 
 class Trials:

@@ -25,7 +25,7 @@ class Downsampling(StridedDetail):
     Attributes:
         kernel: its kernel, pixels a side.
         padding: what is left of its padding, pixels a side.
-        lead: path of the conv that stands for the whole site; None for that conv itself, which has all that follows.
+        largest: path of the site's largest conv, whose match has all that follows; None for that conv itself.
         channels: of the map that the site reads, and of the one it writes.
         points: 1x1 convs summed with it, whose input loses its border.
         points_block: path of the module whose forward calls them.
@@ -35,7 +35,7 @@ class Downsampling(StridedDetail):
 
     kernel: int
     padding: int
-    lead: str | None = None
+    largest: str | None = None
     channels: tuple[int, int] | None = None
     points: tuple[OpId, ...] = ()
     points_block: str | None = None
@@ -126,7 +126,7 @@ def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: Downsampl
 
 
 def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Site) -> Match | Skip:
-    """A match for one conv of a site: its lead carries the pool shortcut, the others only shrink."""
+    """A match for one conv of a site: its largest carries the pool shortcut, the others only shrink."""
     outside = out_of_scope(sites, conv)
     if outside:
         return Skip(conv.path, outside, rule, sites.flow.domain(conv.out), in_scope=False)
@@ -136,8 +136,8 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
     if why:
         return Skip(conv.path, why, rule, sites.flow.domain(conv.out))
     alone = Downsampling(conv.op, conv.kernel[0], padfree_padding(conv.spans[0]))
-    if conv != site.lead:
-        return new_match(sites, rule, conv, "", replace(alone, lead=site.lead.path))
+    if conv != site.largest:
+        return new_match(sites, rule, conv, "", replace(alone, largest=site.largest.path))
     channels = (
         sites.recording.values[site.source].shape[1],
         sites.recording.values[site.chain.conv].shape[1],
@@ -171,7 +171,7 @@ def _shortcut(
     block, merge = _block_and_merge(sites, site, merge, project)
     parts = [part.op for part in (*site.paired, *site.convs, *site.points)]
     anchor = min(parts + [part.pad for part in site.convs if part.pad >= 0])
-    span = site.lead.spans[0]
+    span = site.largest.spans[0]
     window = (span, padfree_padding(span)) if options.pool == "kernel" else (3, 0)
     repeat = 1 if site.dense else channels[1] // channels[0]
     return block.path, Shortcut(site.source, anchor, merge, *window, repeat, project), unfuse
@@ -186,12 +186,12 @@ def _block_and_merge(sites: Sites, site: Site, merge: ValueId, child: bool) -> t
     Raises:
         Refusal: no module holds the source and any part of the chain.
     """
-    lead, chain = site.lead, site.chain
+    largest, chain = site.largest, site.chain
     parts = [value for value in (chain.conv, chain.norm, chain.act) if value is not None and value <= merge]
     refusal = Refusal("")
     for value in reversed(parts):
         try:
-            return block_for(sites, lead.op, site.source, value, owner=lead.path, child=child), value
+            return block_for(sites, largest.op, site.source, value, owner=largest.path, child=child), value
         except Refusal as error:
             refusal = refusal if str(refusal) else error
     raise refusal

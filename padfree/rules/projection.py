@@ -44,7 +44,7 @@ class Projection(StridedDetail):
         source: the value it reads.
         dense: whether it becomes the dense form.
         norm: path of the norm that new norms are like; None where the network has none.
-        own_norm: the value that a new norm comes behind; None where the conv has a norm of its own.
+        own_norm: the value that a new norm reads; None where the conv has a norm of its own.
     """
 
     source: ValueId
@@ -232,20 +232,20 @@ def rewrite(match: Match, edit: Editor) -> None:
 SIZE = (3, 32, 32)
 
 
-def _beside(*shortcut: nn.Module, out: int = 8) -> nn.Sequential:
+def _parallel(*shortcut: nn.Module, out: int = 8) -> nn.Sequential:
     return net(Residual(unit(8, out, stride=2), nn.Sequential(*shortcut)), out=out)
 
 
 EXAMPLES = (
-    Example(lambda: _beside(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16), out=16), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",), Options(projection="dense")),
-    Example(lambda: _beside(nn.AvgPool2d(2, 2), nn.Conv2d(8, 8, 1)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.AvgPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.MaxPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16), out=16), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",), Options(projection="dense")),
+    Example(lambda: _parallel(nn.AvgPool2d(2, 2), nn.Conv2d(8, 8, 1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.AvgPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.MaxPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
 )
 COUNTEREXAMPLES = (
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2), nn.ReLU()), SIZE, ("computes more than a shape",)),
-    Example(lambda: _beside(nn.AvgPool2d(4, 2, padding=1)), SIZE, ("4x4 stride 2x2",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2), nn.ReLU()), SIZE, ("computes more than a shape",)),
+    Example(lambda: _parallel(nn.AvgPool2d(4, 2, padding=1)), SIZE, ("4x4 stride 2x2",)),
 )
 RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Projection, Pool, Blur)))

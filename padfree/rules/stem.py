@@ -10,7 +10,7 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
 3. a 3x3 p1 max-pool of stride s = 1 or 2 that reads the stem's output is absorbed, if no other pool or conv does;
    skip connections and the model's caller go on to get that output;
 4. where the stem conv has neither norm nor activation and the network goes on with norm -> act in another block, or
-   beside a residual of the conv's output, the tail takes the pre-activation form;
+   on a branch parallel to a residual of the conv's output, the tail takes the pre-activation form;
 5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
    the forward of a module other than the root, which is re-forwarded: where only the root calls the stem's parts,
    the last of them.
@@ -167,12 +167,12 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
     else:
         # a norm or activation that was not seen may follow
         bare = chain.norm is None and chain.act is None and not preact
-        block = _tail_block(sites, conv, value, besides=(conv.path,) if bare else ())
+        block = _tail_block(sites, conv, value, other_than=(conv.path,) if bare else ())
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, NO_DOMAIN, size, flow.size(value), flow.size(value), detail)
 
 
-def _tail_block(sites: Sites, conv: Conv, value: ValueId, besides: tuple[str, ...]) -> str:
+def _tail_block(sites: Sites, conv: Conv, value: ValueId, other_than: tuple[str, ...]) -> str:
     """The module whose forward the tail goes into; rather than the root, the module that returns `value` itself."""
     around = block_for(sites, conv.op, value, owner=conv.path, child=True)
     if around.path:
@@ -184,7 +184,7 @@ def _tail_block(sites: Sites, conv: Conv, value: ValueId, besides: tuple[str, ..
             continue  # `convert_sync_batchnorm` would put another in its place, without the tail
         if (
             call.path
-            and call.path not in besides
+            and call.path not in other_than
             and call.outputs == (value,)
             and len(recording.calls_of[call.path]) == 1
         ):
@@ -241,7 +241,7 @@ def _following(sites: Sites, value: ValueId) -> Chain | None:
 
 
 def _is_preact(sites: Sites, following: Chain) -> bool:
-    """Whether the norm behind a raw stem output is a block's own: of another module, or beside a residual."""
+    """Whether the norm behind a raw stem output is a block's own: of another module, or part of a residual branch."""
     flow, raw = sites.flow, following.conv
     readers = [flow.ops[index] for index in flow.consumers(raw)]
     norm = next(op for op in readers if op.kind in NORMS)
