@@ -23,6 +23,7 @@ ORDER = (
     *(
         "errors",
         "geometry",
+        "indices",
         "types",
         "native",
         "pooling_training",

@@ -224,7 +224,7 @@ def test_a_stem_without_an_activation_to_copy(stem, words):
     model.stem = stem()
     plan, why = reasons(model)
     if words is None:  # the formula is a module's: it can be copied
-        assert plan.matches[0].detail["act"] == "stem.1"
+        assert plan.matches[0].detail.act == "stem.1"
     else:
         assert [match.rule for match in plan.matches] == ["depthwise"] and words in why
 

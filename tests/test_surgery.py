@@ -630,9 +630,9 @@ def test_a_failure_midway_rolls_back(count: int) -> None:
 
 
 def padfree_spec() -> Any:
-    from padfree.layers.spec import Spec
+    from padfree.layers.spec import PoolProjectionSpec
 
-    return Spec("pool_projection", (8, 16), "block.conv1")
+    return PoolProjectionSpec("block.conv1", 8, 16)
 
 
 class Pooled(nn.Module):

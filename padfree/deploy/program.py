@@ -18,7 +18,8 @@ from padfree.deploy.blame import cause, place_in_graph, place_in_model
 from padfree.deploy.guards import allow_single_pixels
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
-from padfree.record.inputs import check_input_size, default_input_size, random_images, size_text
+from padfree.geometry import size_text
+from padfree.record.inputs import check_input_size, default_input_size, random_images
 from padfree.record.trees import first_line
 
 HINT = "Hint: a network tied to one image size takes dynamic_sides=False (--fixed-sides)"

@@ -11,7 +11,7 @@ from padfree.geometry import padfree_size
 from padfree.plan.groups import Group
 from padfree.record.recorder import Op
 from padfree.rules.base import Sizes
-from padfree.types import Match
+from padfree.types import NO_DOMAIN, Match
 
 
 def sizes_after(sites: Sites, groups: Iterable[Group]) -> Sizes:
@@ -51,11 +51,10 @@ def with_sizes(groups: list[Group], sizes: Sizes, sites: Sites) -> tuple[Match, 
     matches: list[Match] = []
     for group in groups:
         for match in group.matches:
-            op = sites.flow.ops[match.detail["op"]]
-            source = sizes.get(sites.flow.domain(sites.read_by(op)), match.size)
-            if match.rule == "stem":
+            if match.domain == NO_DOMAIN or not match.operations:  # it shrinks nothing, or does not say by what
                 matches.append(match)
-            else:
-                after = (padfree_size(source[0]), padfree_size(source[1]))
-                matches.append(replace(match, out_after=after))
+                continue
+            op = sites.flow.ops[match.operations[0]]
+            source = sizes.get(sites.flow.domain(sites.read_by(op)), match.size)
+            matches.append(replace(match, out_after=(padfree_size(source[0]), padfree_size(source[1]))))
     return tuple(matches)

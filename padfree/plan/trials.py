@@ -13,31 +13,27 @@ from padfree.record.trees import first_line
 from padfree.rewrite.operations import Operation, SetAttributes, perform
 from padfree.rewrite.surgeon import Surgeon, TraceCache
 from padfree.rules.base import Rule
-from padfree.rules.base import rules as get_rules
 from padfree.types import Match, Options, Skip
 from padfree.verify.verify import verify
 
-_PASSES = 3  # how often groups that failed are tried again beside those that were kept since
+_PASSES = 3  # how often groups that failed are tried again with those that were kept since
 
 
 class Trials:
     """Trials of one recorded model; blocks are traced once for all of them."""
 
-    def __init__(self, sites: Sites, options: Options, selected: Iterable[Rule] | None = None) -> None:
+    def __init__(self, sites: Sites, options: Options, rules: Iterable[Rule]) -> None:
         self.sites = sites
         self.options = options
-        self.selected = get_rules() if selected is None else tuple(selected)
+        self._rules = {rule.name: rule for rule in rules}
         self._traced: TraceCache = {}
 
     def settle(self, groups: list[Group]) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
-        """The largest set of groups found that verifies, its operations, and the rest as skips.
+        """The largest set of groups found that verifies, its operations, and the others as skips.
 
-        All of them; else all that can be operated on at all; else one after another from the input on,
-        those that failed being tried again beside what was kept after them.
+        For groups that cannot be converted all together: all that can be operated on at all; else one after another
+        from the input on, those that failed being tried again with what was kept after them.
         """
-        operations, _ = self.attempt(groups)
-        if operations is not None:
-            return groups, operations, []
         reasons = {group: why for group in groups if (why := self._untraceable(group.matches))}
         untraceable = set(reasons)
         sound = [group for group in groups if group not in untraceable]
@@ -83,41 +79,33 @@ class Trials:
         return kept, best
 
     def _untraceable(self, matches: tuple[Match, ...]) -> str:
-        try:
-            self.operations([Group(matches[0].domain, matches)])
-        except PadfreeError as refusal:
-            return str(refusal)
-        return ""
+        return self.attempt([Group(matches[0].domain, matches)], verified=False)[1]
 
-    def attempt(self, groups: list[Group]) -> tuple[tuple[Operation, ...] | None, str]:
-        """The operations that convert these groups if the result verifies; else None and the reason."""
+    def attempt(self, groups: list[Group], *, verified: bool = True) -> tuple[tuple[Operation, ...] | None, str]:
+        """The operations that convert these groups, if the result verifies; else None and the reason.
+
+        With `verified=False` the operations are only made, not tried.
+        """
         if not groups:
             return (), ""
+        surgeon = Surgeon(self.sites, self.options, self._traced)
         try:
-            operations = self.operations(groups)
-            self._verify(operations)
+            for match in (*(match for group in groups for match in group.matches), *self.following(groups)):
+                self._rules[match.rule].rewrite(match, surgeon)
+            operations = surgeon.operations()
+            if verified:
+                self._verify(operations)
         except PadfreeError as refusal:
             return None, str(refusal)
         return operations, ""
 
-    def operations(self, groups: list[Group]) -> tuple[Operation, ...]:
-        """What carries these groups' matches out.
-
-        Raises:
-            Refusal: a block cannot be given another forward.
-        """
-        surgeon = Surgeon(self.sites, self.options, self._traced)
-        by_name = {rule.name: rule for rule in self.selected}
-        for match in (*(match for group in groups for match in group.matches), *self.following(groups)):
-            rule = by_name.get(match.rule) or get_rules([match.rule])[0]
-            rule.rewrite(match, surgeon)
-        return surgeon.operations()
-
     def following(self, groups: list[Group]) -> list[Match]:
         """Matches of layers whose own size must follow their map's once these groups are converted."""
         sizes = sizes_after(self.sites, groups)
-        rules = [rule for rule in self.selected if rule.follow is not None]
-        return [match for rule in rules if rule.follow for match in rule.follow(self.sites, self.options, sizes)]
+        rules = self._rules.values()
+        return [
+            match for rule in rules if rule.follow is not None for match in rule.follow(self.sites, self.options, sizes)
+        ]
 
     def _verify(self, operations: tuple[Operation, ...]) -> None:
         recording = self.sites.recording

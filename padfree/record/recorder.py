@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from padfree.record.trees import collect, freeze, geometry_key, storage, to_meta
+from padfree.indices import CallId, OpId, ValueId
+from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
+
+NO_OP = OpId(-1)
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class Value:
     or buffer of the model.
     """
 
-    index: int
+    index: ValueId
     shape: tuple[int, ...]
-    producer: int
+    producer: OpId
     live: bool
     name: str
 
@@ -35,12 +38,12 @@ class Value:
 class Op:
     """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
 
-    index: int
+    index: OpId
     kind: str
     args: tuple[Any, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    call: int
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
+    call: CallId
     grad: bool
 
 
@@ -55,21 +58,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self._names = names or {}
-        self._index: dict[tuple[Any, ...], int] = {}
+        self._index: dict[tuple[Any, ...], ValueId] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
-        self.stack: list[int] = [-1]
+        self.stack: list[CallId] = [CallId(-1)]
 
-    def value(self, tensor: torch.Tensor) -> int:
+    def value(self, tensor: torch.Tensor) -> ValueId:
         """The index of the value `tensor` holds now."""
         found = self._index.get(geometry_key(tensor))
-        return self._new(tensor, -1, live=False) if found is None else found
+        return self._new(tensor, NO_OP, live=False) if found is None else found
 
-    def enter(self, tensor: torch.Tensor) -> int:
+    def enter(self, tensor: torch.Tensor) -> ValueId:
         """Declare `tensor` an input of the network."""
-        return self._new(tensor, -1, live=True)
+        return self._new(tensor, NO_OP, live=True)
 
-    def _new(self, tensor: torch.Tensor, producer: int, live: bool) -> int:
-        index = len(self.values)
+    def _new(self, tensor: torch.Tensor, producer: OpId, live: bool) -> ValueId:
+        index = ValueId(len(self.values))
         name = "" if producer >= 0 or live else self._names.get(storage(tensor), "")
         self.values.append(Value(index, tuple(tensor.shape), producer, live, name))
         self._index[geometry_key(tensor)] = index
@@ -78,32 +81,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors: list[torch.Tensor] = []
-        collect(args, tensors)
-        collect(tuple(kwargs.values()), tensors)
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = to_meta(args), {key: to_meta(item) for key, item in kwargs.items()}
+        given = tensors((args, kwargs))
+        if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
+            args, kwargs = to_meta((args, kwargs))
             if isinstance(kwargs.get("device"), torch.device):
                 kwargs["device"] = torch.device("meta")
-        elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
+        elif given and given[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        refs = [self.value(tensor) for tensor in tensors]
+        refs = [self.value(tensor) for tensor in given]
         frozen = freeze((args, kwargs), self.value)
-        result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
+        result = _quick_meta(func, args) if given and given[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
         if (
-            tensors
+            given
             and isinstance(result, torch.Tensor)
             and not func._schema.is_mutable
-            and geometry_key(result) == geometry_key(tensors[0])
+            and geometry_key(result) == geometry_key(given[0])
         ):
             return result  # a view of the same thing: the same value
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
-        outputs: list[torch.Tensor] = []
-        collect((result,), outputs)
-        index = len(self.ops)
-        made = tuple(self._new(out, index, bool(live)) for out in outputs)
+        index = OpId(len(self.ops))
+        made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
         self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
         return result
 

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
+from padfree.geometry import size_text
+from padfree.indices import CallId, OpId, ValueId
 from padfree.record.copies import bare_copy, meta_copy
 from padfree.record.inputs import check_input_size, default_input_size, example_inputs, image_channels
 from padfree.record.recorder import Op, Recorder, Value
@@ -40,11 +42,11 @@ class Call:
     `arguments` keeps the positional and keyword arguments as they were, tensors on meta.
     """
 
-    index: int
+    index: CallId
     path: str
-    parent: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    parent: CallId
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
     ops: range
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = field(compare=False, repr=False)
 
@@ -67,8 +69,8 @@ class Recording:
     values: tuple[Value, ...] = field(repr=False)
     ops: tuple[Op, ...] = field(repr=False)
     calls: tuple[Call, ...] = field(repr=False)
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -76,9 +78,9 @@ class Recording:
         return dict(self.model.named_modules())
 
     @functools.cached_property
-    def consumers(self) -> dict[int, list[int]]:
+    def consumers(self) -> dict[ValueId, list[OpId]]:
         """Operations that read each live value."""
-        table: dict[int, list[int]] = {}
+        table: dict[ValueId, list[OpId]] = {}
         for op in self.ops:
             for value in dict.fromkeys(op.inputs):
                 table.setdefault(value, []).append(op.index)
@@ -92,7 +94,7 @@ class Recording:
             table.setdefault(call.path, []).append(call)
         return table
 
-    def ancestors(self, call: int) -> Iterator[Call]:
+    def ancestors(self, call: CallId) -> Iterator[Call]:
         """The call and those around it, innermost first."""
         while call >= 0:
             yield self.calls[call]
@@ -122,7 +124,7 @@ class CallTracker:
             del table[self]
 
     def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        recorder, index = self._recorder, len(self.calls)
+        recorder, index = self._recorder, CallId(len(self.calls))
         inputs = self._values((args, kwargs))
         start = len(recorder.ops)
         parent = recorder.stack[-1]
@@ -137,7 +139,7 @@ class CallTracker:
         ops = range(call.ops.start, len(recorder.ops))
         self.calls[index] = Call(index, call.path, call.parent, call.inputs, outputs, ops, call.arguments)
 
-    def _values(self, tree: Any) -> tuple[int, ...]:
+    def _values(self, tree: Any) -> tuple[ValueId, ...]:
         tensors: list[torch.Tensor] = []
         collect((tree,), tensors)
         return tuple(self._recorder.value(tensor) for tensor in tensors)
@@ -166,10 +168,10 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
     try:
         return _run(bare_copy(model), size, meta=False)
     except Exception as error:
-        shape = "x".join(map(str, size))
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         raise PadfreeError(
-            f"{type(model).__name__} does not run on a {shape} input{', without its hooks,' if hooked else ''}: "
+            f"{type(model).__name__} does not run on a {size_text(size)} input"
+            f"{', without its hooks,' if hooked else ''}: "
             f"{first_line(error)}. Hint: pass input_size=(C, H, W) that the model takes"
             f"{', and let no hook make what the forward needs' if hooked else ''}"
         ) from error

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import PadfreeError
+from padfree.geometry import size_text
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
 from padfree.report.macs import count_macs
@@ -92,7 +93,7 @@ class Comparison:
         if len(listed) > _LISTED:
             listed[_LISTED:] = [f"{len(listed) - _LISTED} more"]
         rows = [
-            ("input", "x".join(map(str, self.input_size))),
+            ("input", size_text(self.input_size)),
             ("parameters", _line(self.params, _number)),
             ("MACs (fvcore)", _line(self.macs, _short)),
             ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
@@ -180,7 +181,7 @@ def _short(value: int | None) -> str:
 
 
 def _size(size: Size) -> str:
-    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+    return str(size[0]) if len(set(size)) == 1 else size_text(size)
 
 
 def _side(side: int | None) -> str:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 
+from padfree.geometry import size_text
 from padfree.report.comparison import Comparison
 from padfree.types import PlanData
 
@@ -26,7 +27,7 @@ def summary(title: str, plan: PlanData) -> str:
     """One line: what is converted by which rule, and how much is left alone."""
     rules = Counter(match.rule for match in plan.matches)
     parts = ", ".join(f"{number} {rule}" for rule, number in rules.items()) or "none"
-    size = "x".join(map(str, plan.input_size))
+    size = size_text(plan.input_size)
     places = f"{len(plan.matches)} place{'s' * (len(plan.matches) != 1)} to convert"
     return f"{title} at {size}: {places} ({parts}), {len(plan.skips)} left alone"
 
@@ -52,7 +53,7 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
     names = Column("module", overflow="fold")
     places = Table(Column("rule", no_wrap=True), names, *sizes, box=None, pad_edge=False)
     for match in plan.matches:
-        maps = ("x".join(map(str, size)) for size in (match.size, match.out_before, match.out_after))
+        maps = (size_text(size) for size in (match.size, match.out_before, match.out_after))
         places.add_row(match.rule, Text(match.name), *maps)
     if plan.matches:
         console.print(places)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.layers.spec import Spec
 from padfree.rewrite.tracer import TracedBlock
 from padfree.types import NEW
@@ -22,16 +23,16 @@ class BlockEdit:
         self._now: dict[fx.Node, fx.Node] = {}
         self._taken = set(taken)
 
-    def node(self, value: int) -> fx.Node:
+    def node(self, value: ValueId) -> fx.Node:
         """The node that made a recorded value, or what stands for it now, after the edits made so far."""
         return self._holders(value)[0]
 
-    def read(self, value: int, reader: fx.Node) -> fx.Node:
+    def read(self, value: ValueId, reader: fx.Node) -> fx.Node:
         """The node from which `reader` has a recorded value: a dropout in between passes on the same in eval mode."""
         found = [node for node in self._holders(value) if node in reader.all_input_nodes]
         return found[-1] if found else self.node(value)
 
-    def _holders(self, value: int) -> list[fx.Node]:
+    def _holders(self, value: ValueId) -> list[fx.Node]:
         found = list(self.traced.nodes.get(value, ()))
         if not found:
             raise Refusal(f"`{self.traced.path}` does not hold the value to be edited in its own forward")
@@ -40,28 +41,25 @@ class BlockEdit:
                 node = found[index] = self._now[node]
         return found
 
-    def anchor(self, op: int) -> fx.Node:
+    def anchor(self, op: OpId) -> fx.Node:
         """The node that runs a recorded operation."""
         return self.traced.anchors[op]
 
-    def call(self, before: fx.Node, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> fx.Node:
-        """A new node before another: a function, or a new child named after `name`."""
-        graph = self.traced.graph
-        with graph.inserting_before(before):
-            if isinstance(target, Spec):
-                child = self._child(name, target)
-                return graph.call_module(child, args)
-            return graph.call_function(target, args)
+    def call(self, before: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of a function, put before another node."""
+        with self.traced.graph.inserting_before(before):
+            return self.traced.graph.call_function(function, args)
+
+    def call_new(self, before: fx.Node, spec: Spec, *args: Any) -> fx.Node:
+        """A call of a new child, put before another node."""
+        name = self.reserve(spec.child)
+        self.children.append((name, spec))
+        return self.call_child(before, name, *args)
 
     def call_child(self, before: fx.Node, name: str, *args: Any) -> fx.Node:
-        """A call of a child by name."""
+        """A call of a child by name, put before another node."""
         with self.traced.graph.inserting_before(before):
             return self.traced.graph.call_module(name, args)
-
-    def _child(self, name: str, spec: Spec) -> str:
-        unique = self.reserve(name)
-        self.children.append((unique, spec))
-        return unique
 
     def reserve(self, name: str) -> str:
         """A free name for a new child."""

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.layers.spec import Spec
-from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, set_class
+from padfree.layers.spec import Spec, StemTailSpec
+from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, sealed_class, set_class
 from padfree.rewrite.same_padding import shaped_like
 
 
@@ -51,7 +51,7 @@ class ReplaceEnd:
     """A new layer in the place of a parameter-free module, which becomes its part."""
 
     path: str
-    spec: Spec
+    spec: StemTailSpec
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Reforward:
-    """A generated forward for a module ("" keeps its own and only seals its fusers)."""
+    """A generated forward for a module, whose fusing methods are sealed too."""
 
     path: str
     source: str
@@ -72,7 +72,14 @@ class Reforward:
     locked: Locked
 
 
-Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward
+@dataclass(frozen=True)
+class Seal:
+    """A module keeps its forward, but its fusing methods raise: they would drop a shortcut below it."""
+
+    path: str
+
+
+Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward | Seal
 
 
 def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
@@ -171,12 +178,21 @@ def _interpolated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
     module = model.get_submodule(operation.path)
+    kind = rewritten_class(original_class(module), operation.source, operation.names, operation.locked)
+    _set_class(module, kind, undo)
+
+
+def _seal(model: nn.Module, operation: Seal, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    base = original_class(module)
+    if type(module) is base:  # else it is sealed already, or rewritten and so sealed
+        _set_class(module, sealed_class(base), undo)
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module], undo: Undo) -> None:
     old = type(module)
     undo.append(lambda: set_class(module, old))
-    source, names, locked = operation.source, operation.names, operation.locked
-    if not source and old is not original_class(module):  # sealed already, or rewritten and so sealed
-        return
-    set_class(module, rewritten_class(original_class(module), source, names, locked))
+    set_class(module, kind)
 
 
 _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
@@ -186,4 +202,5 @@ _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     ReplaceEnd: _replace_end,
     Resize: _resize,
     Reforward: _reforward,
+    Seal: _seal,
 }

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.record.copies import in_mode
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
@@ -41,8 +42,8 @@ class TracedBlock:
 
     path: str
     graph: fx.Graph
-    nodes: dict[int, list[fx.Node]]
-    anchors: dict[int, fx.Node]
+    nodes: dict[ValueId, list[fx.Node]]
+    anchors: dict[OpId, fx.Node]
     locked: Locked
 
     def copied(self) -> TracedBlock:
