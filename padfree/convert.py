@@ -1,6 +1,6 @@
 """`plan` and `convert`: the whole story on one screen.
 
-record -> match -> plan -> surgery -> verify, first on weightless copies, then on the model.
+record -> match -> plan -> surgery -> verify, first on weightless copies, then once for real, then on the model.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from padfree.rewrite.forward import is_rewritten
 from padfree.rewrite.operations import Operation, perform
 from padfree.rules.base import rules as get_rules
 from padfree.types import Match, Options, PlanData
+from padfree.verify.real import real_run
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
 
@@ -70,13 +71,14 @@ def plan(
     exclude: Patterns = None,
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
+    check: bool = True,
 ) -> Plan:
     """What `convert` with the same arguments would do; the model stays untouched.
 
     Raises:
         PadfreeError: a wrong argument, or a model that cannot be looked through.
     """
-    return _plan(model, rules, include, exclude, options, input_size)[0]
+    return _plan(model, rules, include, exclude, options, input_size, check)[0]
 
 
 def convert(
@@ -88,6 +90,7 @@ def convert(
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
     inplace: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Rewrite a network into its padding-free form (paper.md, Rewrites).
 
@@ -99,6 +102,9 @@ def convert(
         options: how the rules rewrite.
         input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
         inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
+        check: run a converted copy once for real, on one image of that size in eval mode on the model's own device:
+            operators of other libraries may fail on maps that their meta kernels accept. Models on the meta
+            device are not run.
 
     Returns:
         the converted network; `model` itself if it was converted before and nothing is left to do.
@@ -108,7 +114,7 @@ def convert(
         PadfreeError: the model or an argument is refused, with the reason.
     """
     rules = None if rules is None else tuple(rule.name for rule in get_rules(rules))
-    made, operations = _plan(model, rules, include, exclude, options, input_size)
+    made, operations = _plan(model, rules, include, exclude, options, input_size, check)
     if not made.matches:
         if is_converted(model):
             return model
@@ -134,6 +140,7 @@ def _plan(
     exclude: Patterns,
     options: Options | None,
     input_size: tuple[int, ...] | None,
+    check: bool,
 ) -> tuple[Plan, tuple[Operation, ...]]:
     check_model(model)
     options = Options() if options is None else options
@@ -144,13 +151,21 @@ def _plan(
     with _one_at_a_time, kept_random_state(), kept_globals(model):
         sites = Sites(Flow(record(model, input_size)))
         groups, skips = find(sites, everything, selected, options, include, exclude)
-        trials = Trials(sites, options, selected)
+        trials = Trials(sites, options, selected, real_run(model, sites.recording) if check else None)
         kept, operations, failed = trials.settle(groups)
     matches = (*with_sizes(kept, sizes_after(sites, kept), sites), *trials.following(kept))
     recording = sites.recording
     order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
     earlier = model.__dict__.get("padfree_plan")
-    made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)), earlier)
+    made = Plan(
+        model=type(model).__name__,
+        input_size=recording.input_size,
+        options=options,
+        matches=matches,
+        skips=tuple(dict.fromkeys(order)),
+        earlier=earlier,
+        outputs=trials.outputs(kept),
+    )
     return made, operations
 
 

@@ -27,7 +27,8 @@ class Options:
             and reduced padding; GhostNet).
         projection: what a strided 1x1 shortcut becomes: "depthwise" or "dense" (WRN-40-3).
         stem_residual: add the stem's output back after the hybrid tail (ResNets and WRNs).
-        allow_resize: accept pads, interpolations and rolls that the original did not make.
+        allow_resize: accept pads, crops, interpolations and rolls that the original did not make, and returned
+            maps that lose the image's sides.
     """
 
     merge: Literal["activation", "norm", "conv"] = "activation"
@@ -108,6 +109,32 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """A map that the model returns: its whole shape, before and after.
+
+    Attributes:
+        name: where it lies in what the model returns: "out", "1", "features.0"; "" if it is all of it.
+    """
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'output':<10} {self.name + ': ' if self.name else ''}{self.sizes(' becomes ')}"
+
+    def sizes(self, between: str) -> str:
+        """Its sides before and after, without batch and channels; once where they stay."""
+        before, after = (_size(shape[2:]) for shape in (self.before, self.after))
+        return before + between + after if before != after else before
+
+    @classmethod
+    def from_dict(cls, item: Mapping[str, Any]) -> Returned:
+        """Read what `dataclasses.asdict` wrote."""
+        return cls(**_fields(item))
+
+
+@dataclass(frozen=True)
 class PlanData:
     """What will be done to a model: the data of a plan (`padfree.Plan` adds `apply`).
 
@@ -118,6 +145,7 @@ class PlanData:
         matches: what will be rewritten.
         skips: what is left alone, and why.
         earlier: the plan that was applied to the model before (it had been converted in part).
+        outputs: the maps that the model returns; empty in plans of earlier versions.
     """
 
     model: str
@@ -126,6 +154,7 @@ class PlanData:
     matches: tuple[Match, ...]
     skips: tuple[Skip, ...]
     earlier: PlanData | None = None
+    outputs: tuple[Returned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` reads it back equal."""
@@ -137,6 +166,7 @@ class PlanData:
             "matches": [match.to_dict() for match in self.matches],
             "skips": [skip.to_dict() for skip in self.skips],
             "earlier": None if self.earlier is None else self.earlier.to_dict(),
+            "outputs": [_plain(dataclasses.asdict(output)) for output in self.outputs],
         }
 
     @classmethod
@@ -156,6 +186,7 @@ class PlanData:
                 matches=tuple(Match(**_fields(item)) for item in data["matches"]),
                 skips=tuple(Skip(**_fields(item)) for item in data["skips"]),
                 earlier=None if data.get("earlier") is None else cls.from_dict(data["earlier"]),
+                outputs=tuple(Returned.from_dict(item) for item in data.get("outputs", ())),
             )
         except PadfreeError:
             raise
@@ -166,11 +197,11 @@ class PlanData:
         size = "x".join(map(str, self.input_size))
         lines = [f"plan for {self.model} at {size}: {len(self.matches)} matches, {len(self.skips)} skips"]
         lines += [f"  {match}" for match in self.matches]
-        lines += [f"  {skip}" for skip in self.skips]
+        lines += [f"  {item}" for item in (*self.skips, *self.outputs)]
         return "\n".join(lines)
 
 
-_SIZES = ("input_size", "size", "out_before", "out_after")
+_SIZES = ("input_size", "size", "out_before", "out_after", "before", "after")
 _KINDS = {"domain": (int,), "op": (int,), "in_scope": (bool,), "detail": (dict,)} | dict.fromkeys(_SIZES, (list, tuple))
 
 

@@ -88,7 +88,17 @@ def _whole(
         if op.index not in covered and not _shrinks_alike(sites, op):
             path, why = _entry_reason(sites, op, skips)
             return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
+    if domain in sites.flow.pinned:
+        return [(kept, _pinned_reason(sites, domain))]
     return [(kept, "")]
+
+
+def _pinned_reason(sites: Sites, domain: int) -> str:
+    op = sites.flow.pinned[domain]
+    path = sites.recording.calls[op.call].path if op.call >= 0 else ""
+    where = f"`{path}`" if path else "the model's own forward"
+    sizes = " and ".join("x".join(map(str, sites.flow.size(value))) for value in op.inputs if sites.flow.is_map(value))
+    return f"in {where} {op.kind} reads maps of {sizes}, and nothing says how their sizes must fit"
 
 
 def _left(match: Match, in_use: set[str]) -> str:

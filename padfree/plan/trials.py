@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from padfree.analysis.sites import Sites
 from padfree.errors import PadfreeError, Refusal
 from padfree.plan.groups import Group
 from padfree.plan.sizes import sizes_after
 from padfree.record.trees import first_line
-from padfree.rewrite.operations import Operation, SetAttributes, perform
+from padfree.rewrite.operations import Operation, perform
 from padfree.rewrite.surgeon import Surgeon, TraceCache
 from padfree.rules.base import Rule
 from padfree.rules.base import rules as get_rules
-from padfree.types import Match, Options, Skip
-from padfree.verify.verify import verify
+from padfree.types import Match, Options, Returned, Skip
+from padfree.verify.resizing import returned
+from padfree.verify.verify import Original, verify
 
 _PASSES = 3  # how often groups that failed are tried again beside those that were kept since
 
 
 class Trials:
-    """Trials of one recorded model; blocks are traced once for all of them."""
+    """Trials of one recorded model; blocks are traced once for all of them.
 
-    def __init__(self, sites: Sites, options: Options, selected: Iterable[Rule] | None = None) -> None:
+    Args:
+        sites: the recorded model.
+        options: how the rules rewrite.
+        selected: the rules in use; default: all.
+        run: runs a copy that operations were carried out on for real, and says why it fails ("": it does not);
+            None: meta tensors are enough.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        options: Options,
+        selected: Iterable[Rule] | None = None,
+        run: Callable[[tuple[Operation, ...]], str] | None = None,
+    ) -> None:
         self.sites = sites
         self.options = options
         self.selected = get_rules() if selected is None else tuple(selected)
         self._traced: TraceCache = {}
+        self._original = Original(sites.recording)
+        self._run = run
+        self._returned: dict[tuple[Group, ...], tuple[Returned, ...]] = {(): returned(sites.recording)}
 
     def settle(self, groups: list[Group]) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
-        """The largest set of groups found that verifies, its operations, and the rest as skips.
+        """The largest set of groups found that verifies and runs, its operations, and the rest as skips.
 
         All of them; else all that can be operated on at all; else one after another from the input on,
         those that failed being tried again beside what was kept after them.
         """
+        kept, operations, skips = self._settle(groups)
+        if self._run is None or not kept or not self._run(operations):
+            return kept, operations, skips
+        reasons: dict[Group, str] = {}
+        runs, operations = self._grow(kept, reasons, self._run)
+        return runs, operations, skips + self._skips([g for g in kept if g not in runs], reasons, set())
+
+    def outputs(self, groups: list[Group]) -> tuple[Returned, ...]:
+        """The maps that the model returns, before and after the conversion of groups that verified."""
+        return self._returned[tuple(groups)]
+
+    def _settle(self, groups: list[Group]) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
         operations, _ = self.attempt(groups)
         if operations is not None:
             return groups, operations, []
@@ -63,7 +93,12 @@ class Trials:
                 found.append(Skip(match.name, why, match.rule, group.domain))
         return found
 
-    def _grow(self, groups: list[Group], reasons: dict[Group, str]) -> tuple[list[Group], tuple[Operation, ...]]:
+    def _grow(
+        self,
+        groups: list[Group],
+        reasons: dict[Group, str],
+        run: Callable[[tuple[Operation, ...]], str] = lambda operations: "",
+    ) -> tuple[list[Group], tuple[Operation, ...]]:
         kept: list[Group] = []
         best: tuple[Operation, ...] = ()
         waiting = groups
@@ -72,7 +107,8 @@ class Trials:
             for group in waiting:
                 trial = sorted([*kept, group], key=lambda g: (g.domain, g.name))
                 operations, why = self.attempt(trial)
-                if operations is None:
+                why = why or run(operations or ())
+                if operations is None or why:
                     reasons[group] = why
                     failed.append(group)
                 else:
@@ -95,7 +131,7 @@ class Trials:
             return (), ""
         try:
             operations = self.operations(groups)
-            self._verify(operations)
+            self._returned[tuple(groups)] = self._verify(operations)
         except PadfreeError as refusal:
             return None, str(refusal)
         return operations, ""
@@ -119,7 +155,7 @@ class Trials:
         rules = [rule for rule in self.selected if rule.follow is not None]
         return [match for rule in rules if rule.follow for match in rule.follow(self.sites, self.options, sizes)]
 
-    def _verify(self, operations: tuple[Operation, ...]) -> None:
+    def _verify(self, operations: tuple[Operation, ...]) -> tuple[Returned, ...]:
         recording = self.sites.recording
         try:
             trial = perform(copy.deepcopy(recording.model), operations)
@@ -127,6 +163,5 @@ class Trials:
             raise
         except Exception as error:  # the user's own classes are copied and assigned to here
             raise Refusal(f"it cannot be carried out: {type(error).__name__}: {first_line(error)}") from error
-        resized = [operation.path for operation in operations if hasattr(operation, "shape")]
-        given = {op.path: dict(op.values) for op in operations if isinstance(op, SetAttributes)}
-        verify(recording, trial, allow_resize=self.options.allow_resize, resized=resized, given=given)
+        after = verify(self._original, trial, operations, allow_resize=self.options.allow_resize)
+        return returned(recording, after)

@@ -33,7 +33,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
+    """One operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`.
+
+    `foreign` says that it is none of torch's own: its fake kernel may compare no sizes.
+    """
 
     index: int
     kind: str
@@ -42,6 +45,7 @@ class Op:
     outputs: tuple[int, ...]
     call: int
     grad: bool
+    foreign: bool = False
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,7 +108,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         collect((result,), outputs)
         index = len(self.ops)
         made = tuple(self._new(out, index, bool(live)) for out in outputs)
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
+        grad, foreign = torch.is_grad_enabled(), func.namespace not in _OWN
+        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], grad, foreign))
         return result
 
 
@@ -127,6 +132,7 @@ def _quick_meta(func: Any, args: Any) -> Any:
     return None
 
 
+_OWN = ("aten", "prim", "prims", "padfree")  # namespaces of operators whose meaning is known
 _KINDS: dict[Any, str] = {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,19 @@ def collect(tree: Any, into: list[torch.Tensor]) -> None:
             collect(item, into)
     elif hasattr(tree, "tensors") and hasattr(tree, "image_sizes"):  # an ImageList-like holder
         collect(tree.tensors, into)
+
+
+def names(tree: Any, prefix: str = "") -> list[str]:
+    """Where each tensor that `collect` finds lies, in order: "0", "out", "features.2"; "" for a bare tensor."""
+    if isinstance(tree, torch.Tensor):
+        return [prefix] if tree.layout == torch.strided else []
+    if isinstance(tree, (tuple, list)):
+        items: Iterable[tuple[Any, Any]] = enumerate(tree)
+    elif isinstance(tree, Mapping):
+        items = tree.items()
+    else:
+        items = [("tensors", tree.tensors)] if hasattr(tree, "tensors") and hasattr(tree, "image_sizes") else []
+    return [name for key, item in items for name in names(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def containers_copied(tree: Any) -> Any:
