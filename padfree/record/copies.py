@@ -75,9 +75,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return _bare(model, {id(tensor): _meta(tensor) for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy with real tensors, in eval mode, without hooks: for models no meta kernel can run."""
-    return _bare(model, {})
+def bare_copy(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
+    """A copy with real tensors, in eval mode, without hooks; the tensors in `shared` are the model's own."""
+    return _bare(model, {id(tensor): tensor for tensor in shared})
 
 
 def _bare(model: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -58,6 +58,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.written: set[str] = set()  # parameters and buffers that an in-place operation met
         self._names = names or {}
         self._index: dict[tuple[Any, ...], int] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
@@ -91,6 +92,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kwargs["device"] = torch.device("meta")
         elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if func._schema.is_mutable:
+            self.written.update(self._names.get(storage(tensor), "") for tensor in tensors)
         refs = [self.value(tensor) for tensor in tensors]
         frozen = freeze((args, kwargs), self.value)
         result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None

@@ -60,6 +60,7 @@ class Recording:
         meta: whether it ran on meta tensors.
         outputs: values that came out of the model.
         names: where each of them lies in what the model returns ("" for a bare tensor).
+        written: paths of the parameters and buffers that in-place operations met.
     """
 
     model: nn.Module = field(repr=False)
@@ -72,6 +73,7 @@ class Recording:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     names: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -210,7 +212,8 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     finally:
         tracker.remove()
     values, ops, calls = tuple(recorder.values), tuple(recorder.ops), tuple(tracker.calls)
-    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs, tuple(names_of(result)))
+    held, written = tuple(names_of(result)), frozenset(recorder.written)
+    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs, held, written)
 
 
 def path_of(recording: Recording, op: Op) -> str:
