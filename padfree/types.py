@@ -128,10 +128,9 @@ class Returned:
         before, after = (_size(shape[2:]) for shape in (self.before, self.after))
         return before + between + after if before != after else before
 
-    @classmethod
-    def from_dict(cls, item: Mapping[str, Any]) -> Returned:
-        """Read what `dataclasses.asdict` wrote."""
-        return cls(**_fields(item))
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {"name": self.name, "before": list(self.before), "after": list(self.after)}
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class PlanData:
             "matches": [match.to_dict() for match in self.matches],
             "skips": [skip.to_dict() for skip in self.skips],
             "earlier": None if self.earlier is None else self.earlier.to_dict(),
-            "outputs": [_plain(dataclasses.asdict(output)) for output in self.outputs],
+            "outputs": [output.to_dict() for output in self.outputs],
         }
 
     @classmethod
@@ -186,7 +185,7 @@ class PlanData:
                 matches=tuple(Match(**_fields(item)) for item in data["matches"]),
                 skips=tuple(Skip(**_fields(item)) for item in data["skips"]),
                 earlier=None if data.get("earlier") is None else cls.from_dict(data["earlier"]),
-                outputs=tuple(Returned.from_dict(item) for item in data.get("outputs", ())),
+                outputs=tuple(Returned(**_fields(item)) for item in data.get("outputs", ())),
             )
         except PadfreeError:
             raise
