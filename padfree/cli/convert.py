@@ -226,7 +226,7 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
     content = made.to_dict()
-    return report | {"options": content["options"], "matches": content["matches"], "skips": content["skips"]}
+    return report | {name: content[name] for name in ("options", "matches", "skips", "outputs")}
 
 
 def _write_models(

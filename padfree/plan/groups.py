@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from padfree.analysis.kinds import data_input, strides
 from padfree.analysis.sites import Sites
-from padfree.geometry import padfree_size
+from padfree.geometry import padfree_size, size_text
 from padfree.indices import DomainId
 from padfree.plan.patterns import Exactly, Key, Named
 from padfree.record.recorder import Op
@@ -89,7 +89,17 @@ def _whole(
         if op.index not in covered and not _shrinks_alike(sites, op):
             path, why = _entry_reason(sites, op, skips)
             return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
+    if domain in sites.flow.pinned:
+        return [(kept, _pinned_reason(sites, domain))]
     return [(kept, "")]
+
+
+def _pinned_reason(sites: Sites, domain: DomainId) -> str:
+    op = sites.flow.pinned[domain]
+    path = sites.recording.calls[op.call].path if op.call >= 0 else ""
+    where = f"`{path}`" if path else "the model's own forward"
+    sizes = " and ".join(size_text(sites.flow.size(value)) for value in op.inputs if sites.flow.is_map(value))
+    return f"in {where} {op.kind} reads maps of {sizes}, and nothing says how their sizes must fit"
 
 
 def _shrinks_alike(sites: Sites, op: Op) -> bool:

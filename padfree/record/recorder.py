@@ -36,7 +36,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
+    """One operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`.
+
+    `foreign` says that it is none of torch's own: its fake kernel may compare no sizes.
+    """
 
     index: OpId
     kind: str
@@ -45,6 +48,7 @@ class Op:
     outputs: tuple[ValueId, ...]
     call: CallId
     grad: bool
+    foreign: bool = False
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,6 +61,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.written: set[str] = set()  # parameters and buffers that an in-place operation met
         self._names = names or {}
         self._index: dict[tuple[Any, ...], ValueId] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
@@ -88,6 +93,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kwargs["device"] = torch.device("meta")
         elif given and given[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if func._schema.is_mutable:
+            self.written.update(self._names.get(storage(tensor), "") for tensor in given)
         refs = [self.value(tensor) for tensor in given]
         frozen = freeze((args, kwargs), self.value)
         result = _quick_meta(func, args) if given and given[0].is_meta else None
@@ -103,7 +110,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
         index = OpId(len(self.ops))
         made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
+        grad, foreign = torch.is_grad_enabled(), func.namespace not in _OWN
+        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], grad, foreign))
         return result
 
 
@@ -126,6 +134,7 @@ def _quick_meta(func: Any, args: Any) -> Any:
     return None
 
 
+_OWN = ("aten", "prim", "prims", "padfree")  # namespaces of operators whose meaning is known
 _KINDS: dict[Any, str] = {}
 
 
