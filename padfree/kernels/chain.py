@@ -172,12 +172,12 @@ def _chain_cpu(
     residual: str,
 ) -> _Tensor:
     """The same by C as far as it goes: the 1x1 convolution and the residual may be left to torch."""
-    matrix, vector, code, extra = point_weight, point_bias, _read(point_act)[1], _RESIDUALS.get(residual)
+    matrix, vector, code, extra = point_weight, point_bias, _read(point_act)[1], _RESIDUALS.get(residual, 0)
     whole = _is_whole(x.shape[-3], merge, point_weight, residual)
     if not whole:
         matrix, vector, code, extra = None, None, _NO_ACT, 0
     out = None
-    if extension.native is not None and is_dense_map(x):
+    if extension.native is not None and is_dense_map(x) and residual in _RESIDUALS:
         beside = (pool, pool_padding) if merge else (0, 0)
         out = _by_c(
             x, ahead, (weight, bias, scale, shift), (stride, padding), act, beside, merge, matrix, vector, code, extra
@@ -222,7 +222,7 @@ def _by_c(
     matrix: _Tensor | None,
     vector: _Tensor | None,
     point_act: _Code,
-    residual: int | None,
+    residual: int,
 ) -> _Tensor | None:
     """A dense map's chain; None where C has no way to compute it, or an argument is wrong (the meaning tells how)."""
     weight, bias, scale, shift = weights
@@ -232,7 +232,6 @@ def _by_c(
     place, outputs = _MERGES.get(merge), channels if matrix is None else matrix.shape[0]
     if (
         place is None
-        or residual is None
         or stride < 1
         or (scale is None) != (shift is None)
         or weight.shape != (channels, 1, kernel, kernel)

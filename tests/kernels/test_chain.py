@@ -202,6 +202,7 @@ def test_everything_without_the_extension(monkeypatch):
 WRONG = {
     "merge": ({11: "product"}, "merge 'product'"),
     "residual": ({15: "outputs"}, "residual 'outputs'"),
+    "residual without a 1x1": ({12: None, 13: None, 15: "outputs"}, "residual 'outputs'"),
     "no pool": ({9: 0}, "a pool of 0 pixels"),
     "activation": ({8: "mish"}, "'mish' is no activation; known are"),
     "activation ahead": ({1: "relu(3)"}, "is no activation"),

@@ -110,7 +110,8 @@ with torch.inference_mode():
                 told = (*told, matrix, None, "", residual)
                 expected = kernels.chain_meaning(*told)
                 found = kernels.chain(*told)
-                assert second.data_ptr() <= found.data_ptr() < second.data_ptr() + 4 * second.numel()
+                if extension.native.POINTWISE or not outputs:  # else the last step is torch's
+                    assert second.data_ptr() <= found.data_ptr() < second.data_ptr() + 4 * second.numel()
                 scale = float(expected.abs().max())
                 torch.testing.assert_close(found.clone(), expected, rtol=0, atol=1e-5 * max(scale, 1.0))
                 count += 1
