@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.indices import CallId, OpId, ValueId
+from padfree.kernels import DECOMPOSITIONS
 from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
 
 NO_OP = OpId(-1)
@@ -86,6 +87,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in DECOMPOSITIONS:  # rules know what our operators mean, and not the operators
+            with self:
+                return DECOMPOSITIONS[func](*args, **kwargs)
         given = tensors((args, kwargs))
         if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
             args, kwargs = to_meta((args, kwargs))
