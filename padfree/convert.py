@@ -148,10 +148,10 @@ def _plan(
         raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
     selected = get_rules(rule_names)
     everything = tuple(dict.fromkeys((*selected, *get_rules())))
-    with _one_at_a_time, kept_random_state(), kept_globals(model):
+    with _one_at_a_time, kept_random_state(), kept_globals(model) as put_back:
         sites = Sites(Flow(record(model, input_size)))
         groups, skips = find(sites, everything, selected, options, include, exclude)
-        trials = Trials(sites, options, selected, real_run(model, sites.recording) if check else None)
+        trials = Trials(sites, options, selected, real_run(model, sites.recording, put_back) if check else None)
         kept, operations, failed = trials.settle(groups)
     matches = (*with_sizes(kept, sizes_after(sites, kept), sites), *trials.following(kept))
     recording = sites.recording
