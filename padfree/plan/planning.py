@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,10 +32,13 @@ _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for al
 
 
 @contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
-    """Leave no trace of looking at a model: in random generators, in its classes' globals, in other threads."""
-    with _one_at_a_time, kept_random_state(), kept_globals(model):
-        yield
+def looking_at(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave no trace of looking at a model: in random generators, in its classes' globals, in other threads.
+
+    Yields what puts those globals back at once.
+    """
+    with _one_at_a_time, kept_random_state(), kept_globals(model) as put_back:
+        yield put_back
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,10 @@ def prepare(model: nn.Module, request: Request) -> Prepared:
         PadfreeError: the model cannot be looked through, or a pattern of the request means no place of it.
     """
     check_model(model)
-    with looking_at(model):
+    with looking_at(model) as put_back:
         sites = Sites(Flow(record(model, request.input_size)))
         groups, skips = find(sites, request.rules, request.options, request.places)
-        run = real_run(model, sites.recording) if request.check else None
+        run = real_run(model, sites.recording, put_back) if request.check else None
         trials = Trials(sites, request.options, request.rules, run)
         operations, _ = trials.attempt(groups)
         if operations is None or trials.fails(operations):

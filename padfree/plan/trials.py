@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 
 from padfree.analysis.sites import Sites
 from padfree.errors import PadfreeError, Refusal
 from padfree.plan.groups import Group
 from padfree.plan.sizes import sizes_after
+from padfree.record.copies import full_copy
 from padfree.record.trees import first_line
 from padfree.rewrite.operations import Operation, perform
 from padfree.rewrite.surgeon import Surgeon, TraceCache
@@ -153,7 +153,7 @@ class Trials:
     def _verify(self, operations: tuple[Operation, ...]) -> tuple[Returned, ...]:
         recording = self.sites.recording
         try:
-            trial = perform(copy.deepcopy(recording.model), operations)
+            trial = perform(full_copy(recording.model), operations)
         except PadfreeError:
             raise
         except Exception as error:  # the user's own classes are copied and assigned to here

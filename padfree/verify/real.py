@@ -7,7 +7,9 @@ a network may verify on meta tensors and fail at its first image.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import nn
 from padfree.analysis.kinds import PRODUCTS
 from padfree.record.copies import bare_copy, kept_generators
 from padfree.record.recording import ForwardFailedError, Recording, record
-from padfree.record.trees import Ref
+from padfree.record.trees import Ref, first_line
 from padfree.rewrite.operations import Operation, perform
 from padfree.verify.verify import blame
 
@@ -25,12 +27,19 @@ _SMALLEST = 64  # pixels a side
 _MULTIPLE = 32  # decoders want their images divisible
 
 
-def real_run(model: nn.Module, recording: Recording) -> Callable[[tuple[Operation, ...]], str] | None:
+def real_run(
+    model: nn.Module, recording: Recording, put_back: Callable[[], None] = lambda: None
+) -> Callable[[tuple[Operation, ...]], str] | None:
     """What runs a converted copy of `model` once, on arguments like the recorded ones, and says why it fails.
 
     The copy is in eval mode, without hooks, on the model's own device; no gradients are made and the random state is
     kept. Costly networks get a smaller image first; if that fails, the recorded size decides. A failure counts only if
     a plain copy runs: half precision on a CPU, or too little memory, says nothing.
+
+    Args:
+        model: the model itself, which stays as it is.
+        recording: its recording.
+        put_back: empties caches outside the model of meta tensors, and of real ones afterwards.
 
     Returns:
         a function from the operations of a conversion to the reason ("": it runs); None where nothing can be run
@@ -40,26 +49,42 @@ def real_run(model: nn.Module, recording: Recording) -> Callable[[tuple[Operatio
     if not recording.meta or any(tensor.is_meta for tensor in tensors):
         return None
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-    parts = _parts(recording)
     # weights that the recorded forward never wrote into need no copy, which may take longer than the forward
     kept = [tensor for name, tensor in model.named_parameters() if name not in recording.written]
 
-    def run(operations: tuple[Operation, ...]) -> str:
-        copy = perform(bare_copy(model, kept), operations)
-        if parts > 1:
-            try:
-                _forward(copy, _real(recording.example, device, parts))
-                return ""
-            except Exception:  # the size may be what it does not take
-                copy = perform(bare_copy(model, kept), operations)
-        example = _real(recording.example, device, 1)
+    def forward(operations: tuple[Operation, ...], parts: int = 1, like: Recording | None = None) -> Exception | None:
+        put_back()
         try:
-            _forward(copy, example)
+            with _real_device(), kept_generators(seed=0), torch.no_grad():
+                copy, example = perform(bare_copy(model, kept), operations), _real(recording.example, device, parts)
+                if like is None:
+                    copy(*example)
+                else:
+                    record(copy, like=replace(like, example=example, meta=False))
         except Exception as error:  # whatever an operator raises
-            return _reason(model, kept, recording, operations, example, error)
-        return ""
+            return error
+        finally:
+            put_back()
+        return None
+
+    def run(operations: tuple[Operation, ...]) -> str:
+        parts = _parts(recording)
+        if parts > 1 and forward(operations, parts) is None:
+            return ""
+        error = forward(operations)
+        if error is None or forward(()) is not None:  # it runs, or the model itself does not
+            return ""
+        told = forward(operations, like=recording)
+        if isinstance(told, ForwardFailedError):
+            return f"on real tensors {blame(recording, told)}"
+        return f"it fails on real tensors: {type(error).__name__}: {first_line(error)}"
 
     return run
+
+
+def _real_device() -> Any:
+    """Around a forward on real tensors: whoever plans under `torch.device("meta")` means the model that he builds."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def _parts(recording: Recording) -> int:
@@ -81,32 +106,6 @@ def _macs(recording: Recording) -> int:
         elif op.kind in PRODUCTS:
             total += math.prod(recording.values[op.outputs[0]].shape) * shapes[-2][-1]
     return total
-
-
-def _forward(model: nn.Module, example: tuple[Any, ...]) -> None:
-    with kept_generators(seed=0), torch.no_grad():
-        model(*example)
-
-
-def _reason(
-    model: nn.Module,
-    kept: Iterable[torch.Tensor],
-    recording: Recording,
-    operations: tuple[Operation, ...],
-    example: tuple[Any, ...],
-    error: Exception,
-) -> str:
-    """Why a converted copy fails, with the module that does; "" if the model itself fails too."""
-    try:
-        _forward(bare_copy(model, kept), example)
-    except Exception:  # whatever it is, it is not the conversion's doing
-        return ""
-    like = Recording(recording.model, recording.input_size, example, False, (), (), (), (), ())
-    try:
-        record(perform(bare_copy(model, kept), operations), like=like)
-    except ForwardFailedError as failure:
-        return f"on real tensors {blame(recording, failure)}"
-    return f"it fails on real tensors: {type(error).__name__}: {error}"
 
 
 def _real(tree: Any, device: torch.device, parts: int) -> Any:

@@ -8,7 +8,6 @@ of one size (a table of positions, indices) still meets a map of that size. `pad
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import Refusal
-from padfree.record.copies import in_mode
+from padfree.record.copies import full_copy, in_mode
 from padfree.record.recording import ForwardFailedError, Recording, path_of, record, shape_at
 from padfree.record.trees import repeat_batch
 from padfree.rewrite.effects import asks_for_mode
@@ -40,7 +39,7 @@ class Original:
         if not any(asks_for_mode(type(module)) for module in model.modules()):
             return None
         try:
-            return _in_training(copy.deepcopy(model), self.recording)
+            return _in_training(full_copy(model), self.recording)
         except ForwardFailedError as error:
             return error
 
