@@ -44,11 +44,12 @@ def find(
     found: list[Match] = []
     skips: list[Skip] = []
     for rule in dict.fromkeys((*selected, *default_rules())):
-        for item in rule.match(sites, options):
-            if isinstance(item, Match):
-                found.append(item)
-            elif rule in selected:
-                skips.append(item)
+        items = list(rule.match(sites, options))
+        matches = [item for item in items if isinstance(item, Match)]
+        if rule.earlier is not None and isinstance(places, Exactly):
+            matches = places.as_planned(matches, rule.earlier(sites, options))
+        found += matches
+        skips += [item for item in items if isinstance(item, Skip) and rule in selected]
     wanted = places.wanted(found, skips)
     in_use = {rule.name for rule in selected}
     left = {

@@ -86,7 +86,7 @@ class Request:
                 "import the module that registers it first"
             )
         used = get_rules(names or None)
-        return Request(used, plan.options, plan.input_size, Exactly(frozenset(match.key for match in plan.matches)))
+        return Request(used, plan.options, plan.input_size, Exactly(plan.matches))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from padfree.errors import PadfreeError
 from padfree.record.rebind import FUNCTIONS, Copies
 
-_HOOK_DICTS = (
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -83,7 +83,7 @@ def bare_copy(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Modul
 def _bare(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy in eval mode without hooks; `memo` says what stands for what."""
     for module in model.modules():
-        memo |= {id(module.__dict__[name]): OrderedDict() for name in _HOOK_DICTS}
+        memo |= {id(module.__dict__[name]): OrderedDict() for name in HOOK_TABLES}
     duplicate = _deepcopy(model, memo)
     for module in duplicate.modules():
         module.training = False
