@@ -30,7 +30,7 @@ from padfree.errors import LockedStateError
 from padfree.rewrite.forward import original_class, rewritten_class
 from padfree.rewrite.operations import AddChild, Reforward, SetAttributes, perform
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
@@ -390,7 +390,7 @@ def test_5_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
     torch.save({"model": made, "x": images(), "wanted": made(images()).detach()}, path)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(path)],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent,
+        capture_output=True, text=True, timeout=120, cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

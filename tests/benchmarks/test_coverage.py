@@ -105,7 +105,7 @@ def test_the_tables(tmp_path: Path) -> None:
 
 
 def test_the_published_totals_are_those_of_the_published_rows() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     with (root / "docs" / "coverage.csv").open(newline="", encoding="utf-8") as file:
         rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
     page, readme = ((root / name).read_text() for name in ("docs/coverage.md", "README.md"))

@@ -20,7 +20,7 @@ import padfree
 
 ROWS: list[dict[str, Any]] = [
     row
-    for row in json.loads((Path(__file__).parent / "data" / "paper_rows.json").read_text())
+    for row in json.loads((Path(__file__).parents[1] / "data" / "paper_rows.json").read_text())
     if (row["table"], row["model"]) in NETWORKS and row["variant"] in ("original", "padfree")
 ]
 

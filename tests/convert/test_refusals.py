@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import padfree
 from padfree.errors import NothingToConvertError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated")
 
 
@@ -85,7 +85,7 @@ torch.distributed.destroy_process_group()
 def test_distributed_data_parallel_is_refused_and_can_wrap_the_converted_model() -> None:
     done = subprocess.run(
         [sys.executable, "-c", DISTRIBUTED],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent, env=environment(),
+        capture_output=True, text=True, timeout=120, cwd=ROOT / "tests", env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "convert the model inside (model.module), then wrap it again" in done.stdout
