@@ -77,14 +77,13 @@ def _within(path: str, roots: frozenset[str]) -> bool:
     return path in roots or any(path.startswith(f"{root}.") for root in roots)
 
 
-def check_calls(before: Recording, after: Recording, changed: Changed, mode: str = "") -> None:
+def check_calls(before: Recording, after: Recording, changed: Changed) -> None:
     """Compare the bodies of all calls.
 
     Args:
         before: the model as it was.
         after: the converted copy, recorded in the same mode.
         changed: what the conversion changed on purpose.
-        mode: what the reason begins with, "in train mode " or "".
 
     Raises:
         Refusal: a module or operation runs more or less often, or in another order.
@@ -97,21 +96,21 @@ def check_calls(before: Recording, after: Recording, changed: Changed, mode: str
         for old, new in zip(bodies, now, strict=False):  # how often a module is called is its caller's matter
             if old != new:
                 if path in changed.rewritten:
-                    _check_rewritten(before, path, old, new, mode)
+                    _check_rewritten(before, path, old, new)
                 else:
-                    raise Refusal(mode + _difference(path, old, new))
+                    raise Refusal(_difference(path, old, new))
 
 
-def _check_rewritten(before: Recording, path: str, old: list[str], new: list[str], mode: str) -> None:
+def _check_rewritten(before: Recording, path: str, old: list[str], new: list[str]) -> None:
     """A generated forward loses pads and pools and wins shortcuts, nothing else."""
     lost, won = Counter(old) - Counter(new), Counter(new) - Counter(old)
     for event in lost:
         inner = before.modules.get(event.removeprefix(_MODULE)) if event.startswith(_MODULE) else None
         bare = inner is not None and not list(inner.parameters())
         if not bare and event not in _LOST:
-            raise Refusal(mode + _difference(path, old, new))
+            raise Refusal(_difference(path, old, new))
     if not _WON.issuperset(won):
-        raise Refusal(mode + _difference(path, old, new))
+        raise Refusal(_difference(path, old, new))
 
 
 def _plain(body: list[str], changed: Changed) -> list[str]:
