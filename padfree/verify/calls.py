@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, PRODUCTS, VIEWS, plain_kind
 from padfree.errors import Refusal
 from padfree.record.recording import Recording
@@ -125,7 +127,7 @@ def _bodies(recording: Recording) -> dict[str, list[list[str]]]:
         if call.ops.start < end:
             events[call.index] = []
             events[call.parent].append((call.ops.start, call.index, f"{_MODULE}{call.path}"))
-    own = {path for path, module in recording.modules.items() if original_class(module).__module__.startswith("torch.")}
+    own = {path for path, module in recording.modules.items() if _torchs_own(module)}
     for op in recording.ops[:end]:
         kind = "product" if op.kind in PRODUCTS else plain_kind(op)
         compared = op.inputs and kind not in _LAYOUT and not kind.startswith(RESAMPLING)
@@ -137,6 +139,11 @@ def _bodies(recording: Recording) -> dict[str, list[list[str]]]:
         if path is not None:
             found.setdefault(path, []).append([event for _, _, event in sorted(inside)])
     return found
+
+
+def _torchs_own(module: nn.Module) -> bool:
+    """Whether a module is a leaf of torch's; what a container of torch's runs may be a scripted child's."""
+    return original_class(module).__module__.startswith("torch.") and not module._modules
 
 
 def _decided(recording: Recording) -> int:
