@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, PRODUCTS, VIEWS, plain_kind
 from padfree.errors import Refusal
 from padfree.record.recording import Recording
@@ -77,14 +79,13 @@ def _within(path: str, roots: frozenset[str]) -> bool:
     return path in roots or any(path.startswith(f"{root}.") for root in roots)
 
 
-def check_calls(before: Recording, after: Recording, changed: Changed, mode: str = "") -> None:
+def check_calls(before: Recording, after: Recording, changed: Changed) -> None:
     """Compare the bodies of all calls.
 
     Args:
         before: the model as it was.
         after: the converted copy, recorded in the same mode.
         changed: what the conversion changed on purpose.
-        mode: what the reason begins with, "in train mode " or "".
 
     Raises:
         Refusal: a module or operation runs more or less often, or in another order.
@@ -97,21 +98,21 @@ def check_calls(before: Recording, after: Recording, changed: Changed, mode: str
         for old, new in zip(bodies, now, strict=False):  # how often a module is called is its caller's matter
             if old != new:
                 if path in changed.rewritten:
-                    _check_rewritten(before, path, old, new, mode)
+                    _check_rewritten(before, path, old, new)
                 else:
-                    raise Refusal(mode + _difference(path, old, new))
+                    raise Refusal(_difference(path, old, new))
 
 
-def _check_rewritten(before: Recording, path: str, old: list[str], new: list[str], mode: str) -> None:
+def _check_rewritten(before: Recording, path: str, old: list[str], new: list[str]) -> None:
     """A generated forward loses pads and pools and wins shortcuts, nothing else."""
     lost, won = Counter(old) - Counter(new), Counter(new) - Counter(old)
     for event in lost:
         inner = before.modules.get(event.removeprefix(_MODULE)) if event.startswith(_MODULE) else None
         bare = inner is not None and not list(inner.parameters())
         if not bare and event not in _LOST:
-            raise Refusal(mode + _difference(path, old, new))
+            raise Refusal(_difference(path, old, new))
     if not _WON.issuperset(won):
-        raise Refusal(mode + _difference(path, old, new))
+        raise Refusal(_difference(path, old, new))
 
 
 def _plain(body: list[str], changed: Changed) -> list[str]:
@@ -126,7 +127,7 @@ def _bodies(recording: Recording) -> dict[str, list[list[str]]]:
         if call.ops.start < end:
             events[call.index] = []
             events[call.parent].append((call.ops.start, call.index, f"{_MODULE}{call.path}"))
-    own = {path for path, module in recording.modules.items() if original_class(module).__module__.startswith("torch.")}
+    own = {path for path, module in recording.modules.items() if _torchs_own(module)}
     for op in recording.ops[:end]:
         kind = "product" if op.kind in PRODUCTS else plain_kind(op)
         compared = op.inputs and kind not in _LAYOUT and not kind.startswith(RESAMPLING)
@@ -138,6 +139,11 @@ def _bodies(recording: Recording) -> dict[str, list[list[str]]]:
         if path is not None:
             found.setdefault(path, []).append([event for _, _, event in sorted(inside)])
     return found
+
+
+def _torchs_own(module: nn.Module) -> bool:
+    """Whether a module is a leaf of torch's; what a container of torch's runs may be a scripted child's."""
+    return original_class(module).__module__.startswith("torch.") and not module._modules
 
 
 def _decided(recording: Recording) -> int:

@@ -76,10 +76,10 @@ def verify(
     return after
 
 
-def _compare(before: Recording, after: Recording, changed: Changed, allow_resize: bool, mode: str = "") -> None:
+def _compare(before: Recording, after: Recording, changed: Changed, allow_resize: bool) -> None:
     check_places(before, after)
     check_broadcasting(before, after)
-    check_calls(before, after, changed, mode)
+    check_calls(before, after, changed)
     if not allow_resize:
         check_resizing(before, after, changed.rewritten)
         check_sides(before, after)
@@ -118,7 +118,10 @@ def _check_training(
             raise Refusal(f"`{path}` is called {calls} times in eval mode and {more} times in train mode")
     if len(before.outputs) != len(after.outputs):
         raise Refusal(f"in train mode it returns {len(after.outputs)} tensors instead of {len(before.outputs)}")
-    _compare(before, after, changed, allow_resize, "in train mode ")
+    try:
+        _compare(before, after, changed, allow_resize)
+    except Refusal as refusal:
+        raise Refusal(f"in train mode {refusal}") from refusal
 
 
 def _settings(module: nn.Module) -> list[Any]:

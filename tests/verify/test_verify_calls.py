@@ -133,6 +133,16 @@ class InLeaf(Body):
         return self.leaf(y)  # type: ignore[no-any-return]
 
 
+class InScript(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = nn.Sequential(torch.jit.script(LeafDecides()))
+
+    def head(self, y: Tensor) -> Tensor:
+        return self.scripted(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -157,6 +167,7 @@ class InLeaf(Body):
             LeafInTraining,
             "in train mode the forward of `noise` decides by a map's size what it runs: it would run neg 0",
         ),
+        (InScript, "the forward of `scripted` decides by a map's size what it runs: it would run relu 0 times"),
         (InLeaf, "the forward of `leaf` decides by a map's size what it runs: it would run relu 0 times"),
     ],
 )
