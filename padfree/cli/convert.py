@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 import padfree
+from padfree import kernels
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
@@ -69,7 +70,7 @@ def _failed(message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
+    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}; {kernels.describe()}")
     model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
     model.add_argument("--timm", metavar="NAME", help="a timm model")
     model.add_argument("--torchvision", metavar="NAME", help="a torchvision model")

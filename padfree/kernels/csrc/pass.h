@@ -1,19 +1,19 @@
 /* What the parts of the depthwise pass share: its sizes, the taps of a window, and what is done with their sums. */
 #ifndef PADFREE_DEPTHWISE_H
 #define PADFREE_DEPTHWISE_H
-#include "_turn.h"
+#include "turn.h"
 
+/* As `padfree/kernels/chain.py` counts them: the activations, */
 enum { CLAMP, HARDSWISH, SILU, GELU, GELU_TANH, LEAKY };
-enum { BESIDE, AFTER_ACTIVATION, BEFORE_NORM }; /* the maxima: a map of their own, or where they are added */
-enum { NO_EXTRA, INPUT, MAXIMA };                /* what is added after the 1x1 convolution: a residual */
+enum { BESIDE, AFTER_ACTIVATION, BEFORE_SCALE }; /* where the maxima are added (beside: nowhere, a map of their own), */
+enum { NO_EXTRA, INPUT, MAXIMA };               /* and the residual that is added after the 1x1 convolution */
 enum { NARROW = 16, TALL = 64 };                /* the sides of small maps, pixels */
-#define VECTORISED _Pragma("omp simd")
 
-typedef struct { /* what follows a convolution: its bias, a norm and an activation */
+typedef struct { /* what follows a convolution: its bias, a scale and shift, and an activation */
     int act;
-    float low, high, eps; /* low, high: of a clamp; low: the slope of a leak */
-    const float *bias, *mean, *variance, *gain, *offset; /* NULL where there is none */
-    float *scale, *shift, *added;                        /* channel by channel; added: the bias */
+    float low, high;                          /* of a clamp; low: the slope of a leak */
+    const float *bias, *own_scale, *own_shift; /* channel by channel; NULL where there is none */
+    float *scale, *shift;                     /* all of them in two, and room for whole vectors */
 } ending;
 
 typedef struct {
@@ -21,9 +21,9 @@ typedef struct {
     size out_channels;              /* of the map that `out` and `pooled` lie in: more than `channels` in a concatenation */
     size inputs, outputs;           /* of the 1x1 convolution of the result; 0: there is none */
     int last, shared, merge, extra; /* last: channels_last; shared: the maxima of the convolution's own reads */
-    int leads, threads;             /* leads: a norm or an activation comes before all the others */
+    int leads, threads;             /* leads: an activation comes before all the others */
     const float *in, *weight, *mix; /* mix: the weights of the 1x1 */
-    ending lead, own, mixed;        /* what comes first; what follows the depthwise convolution, and the 1x1 */
+    ending lead, own, mixed;        /* what comes first (no more than an activation); what follows the depthwise, and the 1x1 */
     float *out, *pooled, *taps, *columnwise; /* the weights tap by tap; those of the 1x1 input by input */
 } pass;
 
@@ -32,15 +32,15 @@ typedef struct { /* one thread's memory */
     int places[NARROW * TALL];
 } scratch;
 
-static inline float above(float a, float b) { return a > b ? a : b; } /* may lose a NaN, which the sum then has too */
-static inline float spread(float a, float b) { return takes(b, a) ? b : a; } /* keeps it */
-static inline float clamp(float v, float low, float high) {
+INLINE float above(float a, float b) { return a > b ? a : b; } /* may lose a NaN, which the sum then has too */
+INLINE float spread(float a, float b) { return takes(b, a) ? b : a; } /* keeps it */
+INLINE float clamp(float v, float low, float high) {
     v = v < low ? low : v;
     return v > high ? high : v;
 }
 
 /* e^v: 2^n times the series of what is left of v, which is at most ln(2) / 2. */
-static inline float exponential(float v) {
+INLINE float exponential(float v) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number, n */
     const float bounded = clamp(v, -87.0f, 89.0f), shifted = bounded * 1.44269504f + magic, n = shifted - magic;
     const float r = bounded - n * 0.693145752f - n * 1.42860677e-6f; /* ln(2) in two parts */
@@ -54,14 +54,14 @@ static inline float exponential(float v) {
 }
 
 /* v times half of 1 + erf(v / sqrt(2)), by Abramowitz and Stegun 7.1.26: erf to 1.5e-7. */
-static inline float gelu(float v) {
+INLINE float gelu(float v) {
     const float x = v * 0.70710678f, far = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * far);
     const float series = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
     const float most = 1.0f - series * exponential(-x * x);
     return v * 0.5f * (1.0f + (x < 0.0f ? -most : most));
 }
 
-static inline float gelu_tanh(float v) { /* half of 1 + tanh(u) is 1 / (1 + e^(-2u)) */
+INLINE float gelu_tanh(float v) { /* half of 1 + tanh(u) is 1 / (1 + e^(-2u)) */
     return v / (1.0f + exponential(-1.59576912f * (v + 0.044715f * v * v * v)));
 }
 
@@ -105,32 +105,33 @@ enum { NONE, INNER, ALL }; /* the maxima of the convolution's own reads: of its 
         else { LOOP(5, NONE) }                                                                                         \
     } while (0)
 
-/* Scale, shift, activation; the maxima, where there are any here, before the norm or after the activation. E: what
- * follows the convolution; A, B and C: its scale, shift and bias of place i of a piece. */
+/* Scale, shift, activation; the maxima, where there are any here, before the scale or after the activation. E: what
+ * follows the convolution; A and B: its scale and shift of place i of a piece. */
 #define EACH(A, B, V, RESULT)                                                                                          \
     for (size j = 0; j < pieces; j++, sum += step, to += pitch, most += most == NULL ? 0 : step)                       \
         VECTORISED for (size i = 0; i < length; i++) {                                                                 \
             const float v = (V)*(A) + (B);                                                                             \
             to[i] = RESULT;                                                                                            \
         }
-#define FINISH(A, B, C, ACTIVATED)                                                                                     \
+#define FINISH(A, B, ACTIVATED)                                                                                        \
     do {                                                                                                               \
-        if (most == NULL) { EACH(A, B, sum[i] + C, ACTIVATED) }                                                        \
-        else if (before_norm) { EACH(A, B, sum[i] + C + most[i], ACTIVATED) }                                          \
-        else { EACH(A, B, sum[i] + C, ACTIVATED + most[i]) }                                                           \
+        if (most == NULL) { EACH(A, B, sum[i], ACTIVATED) }                                                            \
+        else if (before_scale) { EACH(A, B, sum[i] + most[i], ACTIVATED) }                                             \
+        else { EACH(A, B, sum[i], ACTIVATED + most[i]) }                                                               \
     } while (0)
-#define FINISH_EACH(E, A, B, C)                                                                                        \
+#define FINISH_EACH(E, A, B)                                                                                           \
     do {                                                                                                               \
         const float low = (E)->low, high = (E)->high;                                                                  \
-        if ((E)->act == HARDSWISH) FINISH(A, B, C, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                   \
-        else if ((E)->act == SILU) FINISH(A, B, C, v / (1.0f + exponential(-v)));                                      \
-        else if ((E)->act == GELU) FINISH(A, B, C, gelu(v));                                                           \
-        else if ((E)->act == GELU_TANH) FINISH(A, B, C, gelu_tanh(v));                                                 \
-        else if ((E)->act == LEAKY) FINISH(A, B, C, (v > 0.0f ? v : v * low));                                         \
-        else FINISH(A, B, C, clamp(v, low, high));                                                                     \
+        if ((E)->act == HARDSWISH) FINISH(A, B, v * clamp(v + 3.0f, 0.0f, 6.0f) * (1.0f / 6.0f));                   \
+        else if ((E)->act == SILU) FINISH(A, B, v / (1.0f + exponential(-v)));                                      \
+        else if ((E)->act == GELU) FINISH(A, B, gelu(v));                                                           \
+        else if ((E)->act == GELU_TANH) FINISH(A, B, gelu_tanh(v));                                                 \
+        else if ((E)->act == LEAKY) FINISH(A, B, (v > 0.0f ? v : v * low));                                         \
+        else FINISH(A, B, clamp(v, low, high));                                                                     \
     } while (0)
 
 INLINE size at_most(size a, size b) { return a < b ? a : b; }
+INLINE size whole_vectors(size floats) { return (floats + VECTOR - 1) / VECTOR * VECTOR; }
 
 /* Whether a NaN may be missing among the maxima of the same windows: then it is among the sums. */
 INLINE int clouded(const float *restrict sum, size length) {
@@ -181,14 +182,13 @@ INLINE size phase_floats(const pass *p, size rows) {
 }
 
 int depthwise_fits(pass *p);       /* fills rows, columns and shared; 0 where the windows do not fit, or not together */
-int all_finite(const pass *p);     /* what a pass with padding needs of its weights */
+int all_finite(const pass *p);     /* what it needs of its weights, where there is padding, and of its scale */
 int depthwise(pass *p);            /* nonzero where memory was wanting */
-/* The input behind its norm and activation: the part that rows first ... last of a plane or of a map are made of, as if the
+/* The input behind its activation: the part that rows first ... last of a plane or of a map are made of, as if the
  * rest lay around it; and of a block. */
 size lead_floats(const pass *p, size rows);
-const float *lead_plane(const pass *p, scratch *mine, size c, const float *from, size first, size last);
-const float *lead_last(const pass *p, scratch *mine, const float *map, size first, size last);
-void lead_block(const pass *p, scratch *mine, size from);
+const float *lead_rows(const pass *p, scratch *mine, const float *from, size first, size last);
+void lead_block(const pass *p, scratch *mine);
 /* Sixteen channels of one small map, to planes that are `pitch` apart or, where it is 0, to channels_last maps. */
 void block(const pass *p, scratch *mine, size n, size index, float *out, float *pooled, size pitch);
 /* Rows first ... last, of at most `rows`, of a plane, and of all channels of a channels_last map. */

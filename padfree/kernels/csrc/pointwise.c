@@ -1,20 +1,15 @@
-/* The 1x1 convolution of a depthwise pass's results, while they lie in the caches, its norm and activation, and what is
- * added to them.
- */
-#include "_depthwise.h"
+/* The 1x1 convolution of a depthwise pass's results, while they lie in the caches, its activation, and what is added. */
+#include "pass.h"
 
+#if VECTORS
 enum { MATRIX = 8 * VECTOR }; /* floats of a piece of the result: 4 rows of two vectors, or 8 of one */
 
 typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
 #define UNROLLED _Pragma("GCC unroll 8")
-
-INLINE size whole_vectors(size floats) { return (floats + VECTOR - 1) / VECTOR * VECTOR; }
-
-size tile_pitch(const pass *p, size rows) {
-    const size pixels = rows * p->columns;
-    return p->last && !by_blocks(p) ? pixels : whole_vectors(pixels);
-}
-size columnwise_pitch(const pass *p) { return whole_vectors(p->outputs); }
+#endif
 
 /* `sums` = a b: R rows of `depth` floats, of which those past the last are the last, by `depth` rows of V vectors. */
 #define PRODUCT(NAME, R, V)                                                                                            \
@@ -65,26 +60,26 @@ INLINE const float *gathered(piece *q, const float *from, size apart) {
 /* Rows of a piece are outputs, its columns pixels. */
 INLINE void finish_outputs(const pass *p, piece *q, size o, const float *extra) {
     const size pieces = 1, pitch = 0, step = 0, length = VECTOR;
-    const int before_norm = 0;
+    const int before_scale = 0;
     for (size at = 0; at < q->rows * q->wide; at += VECTOR) {
         const size c = o + at / q->wide;
-        const float scale = p->mixed.scale[c], shift = p->mixed.shift[c], added = p->mixed.added[c];
+        const float scale = p->mixed.scale[c], shift = p->mixed.shift[c];
         const float *restrict sum = q->sums + at, *restrict most = extra == NULL ? NULL : extra + at;
         float *restrict to = q->done + at;
-        FINISH_EACH(&p->mixed, scale, shift, added);
+        FINISH_EACH(&p->mixed, scale, shift);
     }
 }
 
 /* Rows of a piece are pixels, its columns outputs. */
 INLINE void finish_pixels(const pass *p, piece *q, size o, const float *extra) {
     const size pieces = q->rows, pitch = q->wide, step = pitch, length = VECTOR;
-    const int before_norm = 0;
+    const int before_scale = 0;
     for (size at = 0; at < q->wide; at += VECTOR) {
         const float *restrict scale = p->mixed.scale + o + at, *restrict shift = p->mixed.shift + o + at;
-        const float *restrict added = p->mixed.added + o + at, *restrict sum = q->sums + at;
+        const float *restrict sum = q->sums + at;
         const float *restrict most = extra == NULL ? NULL : extra + at;
         float *restrict to = q->done + at;
-        FINISH_EACH(&p->mixed, scale[i], shift[i], added[i]);
+        FINISH_EACH(&p->mixed, scale[i], shift[i]);
     }
 }
 
@@ -150,3 +145,8 @@ void mix(const pass *p, const scratch *mine, size n, size maps, size first, size
     if (p->last && !by_blocks(p)) mix_pixels(p, mine->tile, n, first, each);
     else mix_planes(p, mine->tile, n, maps, first, each, tile_pitch(p, maps * (last - first)));
 }
+#else
+void mix(const pass *p, const scratch *mine, size n, size maps, size first, size last) {
+    (void)p, (void)mine, (void)n, (void)maps, (void)first, (void)last; /* not called: `module.c` refuses a 1x1 convolution */
+}
+#endif

@@ -1,7 +1,7 @@
 /* The depthwise pass of channels_last maps, a row of the result at a time, and of small maps of either layout, sixteen
  * channels at a time.
  */
-#include "_depthwise.h"
+#include "pass.h"
 
 /* Sixteen channels at a time, so that their weights stay at hand from one column to the next. Windows of stride 1 lie
  * side by side: a few pixels of less channels are worked on as one. */
@@ -55,10 +55,9 @@ INLINE void taps_last(const pass *p, const float *const rows[5], size columns, f
 INLINE void finish_block(const pass *p, size from, size length, const float *restrict sum, const float *restrict most,
                          float *restrict to) {
     const float *restrict scale = p->own.scale + from, *restrict shift = p->own.shift + from;
-    const float *restrict added = p->own.added + from;
     const size pieces = p->columns, step = p->channels, pitch = p->out_channels;
-    const int before_norm = p->merge == BEFORE_NORM;
-    FINISH_EACH(&p->own, scale[i], shift[i], added[i]);
+    const int before_scale = p->merge == BEFORE_SCALE;
+    FINISH_EACH(&p->own, scale[i], shift[i]);
 }
 
 INLINE void copy_block(const pass *p, size length, const float *restrict from, float *restrict to) {
@@ -127,7 +126,7 @@ INLINE void row_last(const pass *p, const float *map, const float *other, scratc
 FOR_EVERY_CPU
 void rows_last(const pass *p, scratch *mine, size n, size first, size last, float *out, float *pooled) {
     const float *map = p->in + n * p->height * p->width * p->channels;
-    if (p->leads) map = lead_last(p, mine, map, first, last);
+    if (p->leads) map = lead_rows(p, mine, map, first, last);
     for (size index = first; index < last; index++) {
         const size at = (index - first) * p->columns * p->out_channels;
         row_last(p, map, map, mine, index, out + at, pooled == NULL ? NULL : pooled + at);
@@ -159,11 +158,10 @@ void block(const pass *p, scratch *mine, size n, size index, float *out, float *
     q.taps = p->taps + index * VECTOR * p->kernel * p->kernel;
     q.own.scale = p->own.scale + from;
     q.own.shift = p->own.shift + from;
-    q.own.added = p->own.added + from;
     float *const result = pitch ? mine->result : out, *const maxima = pitch && pooled != NULL ? mine->pooled : pooled;
     if (p->last) set_in(p, p->in + begin, mine->block);
     else turn(p->in + begin, planes, p->height * p->width, mine->places, mine->block);
-    if (p->leads) lead_block(p, mine, from);
+    if (p->leads) lead_block(p, mine);
     if (p->pool_padding) { /* the maxima of a frame of -inf */
         map = mine->framed;
         for (size y = p->padding; y < p->padding + p->height; y++)

@@ -3,13 +3,7 @@
  * A tap is a place in a window, row * kernel + column: one byte. The first of equal maxima is taken, and the last NaN,
  * as torch does. A contiguous map is pooled as a channels_last one of LANES planes, a band of rows at a time.
  */
-#include "_maxpool.h"
-
-#ifdef __GNUC__
-#define INLINE static inline __attribute__((always_inline))
-#else
-#define INLINE static inline
-#endif
+#include "maxpool.h"
 
 enum { LANES = 16, BAND_FLOATS = 1 << 14 /* of the map at a time: 64 KB, which stay in the cache */ };
 
@@ -97,7 +91,7 @@ static void group_contiguous(const shape *s, const float *in, float *out, uint8_
     }
 }
 
-static int pool(const shape *s, const float *in, float *out, uint8_t *taps, int threads) {
+int pool_taps(const shape *s, const float *in, float *out, uint8_t *taps, int threads) {
     const size line = s->width * LANES, held = BAND_FLOATS / line;
     const size band = held > 2 * s->kernel ? (held - s->kernel) / s->stride + 1 : s->kernel; /* rows of the result */
     const size jobs = s->unit == 1 ? (s->planes + LANES - 1) / LANES : s->planes * s->rows;
@@ -120,6 +114,7 @@ static int pool(const shape *s, const float *in, float *out, uint8_t *taps, int 
         }
         free(scratch);
     }
+    (void)threads;
     return failed;
 }
 
@@ -137,49 +132,12 @@ static void scatter(const shape *s, const float *grad, const uint8_t *taps, floa
     }
 }
 
-static PyObject *refuse_null(void) {
-    PyErr_SetString(PyExc_ValueError, "a map without memory");
-    return NULL;
-}
-
-PyObject *max_pool_taps(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long in, out, taps;
-    int threads, failed;
-    shape s;
-    if (!PyArg_ParseTuple(args, "KKKnnnnnnni", &in, &out, &taps, &s.planes, &s.height, &s.width, &s.unit, &s.kernel,
-                          &s.stride, &s.padding, &threads))
-        return NULL;
-    if (in == 0 || out == 0 || taps == 0) return refuse_null();
-    if (!complete(&s)) return refused();
-    Py_BEGIN_ALLOW_THREADS
-    failed = pool(&s, (const float *)(uintptr_t)in, (float *)(uintptr_t)out, (uint8_t *)(uintptr_t)taps, threads);
-    Py_END_ALLOW_THREADS
-    if (failed) return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-PyObject *max_pool_backward(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long grad, taps, out;
-    int threads;
-    shape s;
-    if (!PyArg_ParseTuple(args, "KKKnnnnnnni", &grad, &taps, &out, &s.planes, &s.height, &s.width, &s.unit, &s.kernel,
-                          &s.stride, &s.padding, &threads))
-        return NULL;
-    if (grad == 0 || taps == 0 || out == 0) return refuse_null();
-    if (!complete(&s)) return refused();
-    const size results = s.rows * s.columns * s.unit, area = s.height * s.width * s.unit;
-    const float *g = (const float *)(uintptr_t)grad;
-    const uint8_t *t = (const uint8_t *)(uintptr_t)taps;
-    float *o = (float *)(uintptr_t)out;
-    Py_BEGIN_ALLOW_THREADS
+void pool_backward(const shape *s, const float *grad, const uint8_t *taps, float *out, int threads) {
+    const size results = s->rows * s->columns * s->unit, area = s->height * s->width * s->unit;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
 #endif
-    for (size plane = 0; plane < s.planes; plane++)
-        scatter(&s, g + plane * results, t + plane * results, o + plane * area);
-    Py_END_ALLOW_THREADS
+    for (size plane = 0; plane < s->planes; plane++)
+        scatter(s, grad + plane * results, taps + plane * results, out + plane * area);
     (void)threads;
-    Py_RETURN_NONE;
 }

@@ -1,5 +1,5 @@
 /* The depthwise pass of contiguous maps, a band of rows of one plane at a time, while its input lies in the first caches. */
-#include "_depthwise.h"
+#include "pass.h"
 
 /* Stride 2: columns and rows of even and odd number lie apart, so that a window's taps lie side by side. */
 #define AT(a, b) lines[(((a)&1) * 2 + ((b)&1)) * phase + i + ((a) >> 1) * pitch + ((b) >> 1)]
@@ -21,10 +21,10 @@ INLINE void taps_dense(const pass *p, const float *restrict w, const float *rest
 
 INLINE void finish_plane(const pass *p, size c, const float *restrict sum, const float *restrict most,
                          float *restrict to, size length) {
-    const float scale = p->own.scale[c], shift = p->own.shift[c], added = p->own.added[c];
+    const float scale = p->own.scale[c], shift = p->own.shift[c];
     const size pieces = 1, pitch = 0, step = 0;
-    const int before_norm = p->merge == BEFORE_NORM;
-    FINISH_EACH(&p->own, scale, shift, added);
+    const int before_scale = p->merge == BEFORE_SCALE;
+    FINISH_EACH(&p->own, scale, shift);
 }
 
 /* Columns of even and odd number. Whole vectors, where they fit, write past the line's end. */
@@ -83,7 +83,7 @@ void band(const pass *p, scratch *mine, size plane, size rows, size first, size 
     const float *from = p->in + plane * p->height * p->width, *end = p->in + p->count * p->channels * p->height * p->width;
     const float *weight = p->weight + c * p->kernel * p->kernel;
     if (p->leads) {
-        from = lead_plane(p, mine, c, from, first, last);
+        from = lead_rows(p, mine, from, first, last);
         end = mine->led + lead_floats(p, rows);
     }
     fill(p, from, end, mine->lines, phase, first, (last - first - 1) * p->stride + p->kernel);

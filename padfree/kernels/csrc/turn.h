@@ -1,12 +1,11 @@
 /* Sixteen planes beside each other, pixel by pixel, and back. */
 #ifndef PADFREE_TURN_H
 #define PADFREE_TURN_H
-#include "_maxpool.h"
+#include "maxpool.h"
 
 enum { VECTOR = 16, QUAD = 4 }; /* floats of a vector, and planes that are turned; how many at once */
-#define INLINE static inline __attribute__((always_inline))
 
-#if defined(__clang__) || __GNUC__ >= 12
+#if SHUFFLES
 typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 
 /* Four floats of four rows, `pitch` apart: a column goes to each of the targets. */
@@ -20,9 +19,7 @@ INLINE void turn_quad(const float *from, size pitch, float *first, float *second
     *(quad *)third = __builtin_shufflevector(AB, CD, 0, 1, 4, 5);
     *(quad *)fourth = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
 }
-enum { QUADS = 1 };
 #else
-enum { QUADS = 0 };
 INLINE void turn_quad(const float *from, size pitch, float *first, float *second, float *third, float *fourth) {
     (void)from, (void)pitch, (void)first, (void)second, (void)third, (void)fourth; /* not called */
 }
@@ -30,7 +27,7 @@ INLINE void turn_quad(const float *from, size pitch, float *first, float *second
 
 /* Rows of a matrix, `apart`, to columns of another, whose rows are `pitch` apart. */
 INLINE void turn_matrix(const float *restrict from, size apart, size rows, size columns, float *restrict to, size pitch) {
-    const size high = QUADS ? rows / QUAD * QUAD : 0, wide = QUADS ? columns / QUAD * QUAD : 0;
+    const size high = SHUFFLES ? rows / QUAD * QUAD : 0, wide = SHUFFLES ? columns / QUAD * QUAD : 0;
     for (size i = 0; i < wide; i += QUAD)
         for (size r = 0; r < high; r += QUAD) {
             float *at = to + i * pitch + r;
@@ -42,7 +39,7 @@ INLINE void turn_matrix(const float *restrict from, size apart, size rows, size 
 
 /* `planes` (up to sixteen) of `area` floats, to where `places` says that each pixel's sixteen values lie. */
 INLINE void turn(const float *restrict from, size planes, size area, const int *restrict places, float *restrict to) {
-    const size whole = QUADS && planes == VECTOR ? area / QUAD * QUAD : 0;
+    const size whole = SHUFFLES && planes == VECTOR ? area / QUAD * QUAD : 0;
     for (size i = 0; i < whole; i += QUAD) {
         const int *at = places + i;
         for (size c = 0; c < VECTOR; c += QUAD)
@@ -54,7 +51,7 @@ INLINE void turn(const float *restrict from, size planes, size area, const int *
 
 /* The way back, from pixels that lie one after another to planes that are `pitch` apart. */
 INLINE void turn_back(const float *restrict from, size planes, size area, float *restrict to, size pitch) {
-    const size whole = QUADS && planes == VECTOR ? area / QUAD * QUAD : 0;
+    const size whole = SHUFFLES && planes == VECTOR ? area / QUAD * QUAD : 0;
     for (size i = 0; i < whole; i += QUAD)
         for (size c = 0; c < VECTOR; c += QUAD) {
             float *at = to + c * pitch + i;

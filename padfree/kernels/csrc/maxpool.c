@@ -4,11 +4,11 @@
  * channels_last one (planes = N). The maximum of a window's rows goes into a buffer, each row between `padding` columns
  * of -inf, and the maximum of the window's columns from there into the result. NaN spreads as it does in torch.
  */
-#include "_maxpool.h"
+#include "maxpool.h"
 
 enum { VECTOR = 16, SLACK = 32 };
 
-static inline float larger(float a, float b) { return takes(b, a) ? b : a; }
+INLINE float larger(float a, float b) { return takes(b, a) ? b : a; }
 
 #define VERTICAL(K)                                                                                                    \
     do {                                                                                                               \
@@ -31,7 +31,7 @@ static inline float larger(float a, float b) { return takes(b, a) ? b : a; }
         dense[j] = m;                                                                                                  \
     }
 
-static inline void find_rows(const pool_job *job, size index, const float *row[5]) {
+INLINE void find_rows(const pool_job *job, size index, const float *row[5]) {
     const size length = job->s.width * job->s.unit, top = index % job->s.rows * job->s.stride - job->s.padding;
     const float *map = job->in + index / job->s.rows * job->s.height * length;
     for (size k = 0; k < job->s.kernel; k++) { /* for a row outside one inside the window: the same maximum */
@@ -106,8 +106,10 @@ void pool_group(const pool_job *job, float *buffer, size first, size last) {
     else pool_channels_last(job, buffer, first, last);
 }
 
-static int pool(const pool_job *job, int threads) {
-    const size total = job->s.planes * job->s.rows, floats = pool_floats(job->s.width, job->s.padding, job->s.unit);
+int pool(const shape *s, const float *in, float *out, int threads) {
+    const pool_job job = {.s = *s, .in = in, .end = in + s->planes * s->height * s->width * s->unit, .out = out,
+                          .pitch = pool_pitch(s->width, s->padding)};
+    const size total = s->planes * s->rows, floats = pool_floats(s->width, s->padding, s->unit);
     int failed = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
@@ -115,16 +117,17 @@ static int pool(const pool_job *job, int threads) {
     {
         float *buffer = calloc((size_t)floats, sizeof(float));
         if (buffer == NULL) failed = 1;
-        else pool_edges(buffer, floats, job->s.padding, job->s.unit);
+        else pool_edges(buffer, floats, s->padding, s->unit);
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
         for (size first = 0; first < total; first += POOL_GROUP) {
             const size last = first + POOL_GROUP < total ? first + POOL_GROUP : total;
-            if (buffer != NULL) pool_group(job, buffer, first, last);
+            if (buffer != NULL) pool_group(&job, buffer, first, last);
         }
         free(buffer);
     }
+    (void)threads;
     return failed;
 }
 
@@ -136,47 +139,3 @@ int complete(shape *s) {
     s->columns = (s->width + 2 * s->padding - s->kernel) / s->stride + 1;
     return 1;
 }
-
-PyObject *refused(void) {
-    PyErr_SetString(PyExc_ValueError, "windows of 3 or 5 pixels, stride 1 or 2, padding below half a window, inside the map");
-    return NULL;
-}
-
-static PyObject *max_pool(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long in, out;
-    int threads, failed;
-    pool_job job;
-    if (!PyArg_ParseTuple(args, "KKnnnnnnni", &in, &out, &job.s.planes, &job.s.height, &job.s.width, &job.s.unit,
-                          &job.s.kernel, &job.s.stride, &job.s.padding, &threads))
-        return NULL;
-    if (in == 0 || out == 0) {
-        PyErr_SetString(PyExc_ValueError, "a map without memory");
-        return NULL;
-    }
-    if (!complete(&job.s)) return refused();
-    job.in = (const float *)(uintptr_t)in;
-    job.out = (float *)(uintptr_t)out;
-    job.pitch = pool_pitch(job.s.width, job.s.padding);
-    job.end = job.in + job.s.planes * job.s.height * job.s.width * job.s.unit;
-    Py_BEGIN_ALLOW_THREADS
-    failed = pool(&job, threads);
-    Py_END_ALLOW_THREADS
-    if (failed) return PyErr_NoMemory();
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef methods[] = {
-    {"max_pool", max_pool, METH_VARARGS,
-     "max_pool(in, out, planes, height, width, unit, kernel, stride, padding, threads): addresses of float32 maps."},
-    {"max_pool_taps", max_pool_taps, METH_VARARGS,
-     "max_pool_taps(in, out, taps, planes, ...): the same, and the tap of each maximum, one byte."},
-    {"max_pool_backward", max_pool_backward, METH_VARARGS,
-     "max_pool_backward(grad, taps, out, planes, ...): the gradient of the input, of the sizes that it had."},
-    {"onepass", onepass, METH_VARARGS,
-     "onepass(table, kinds, watch, map, modules, stride, pool, pool_padding, merge, joined, leads, mixed, extra, threads):\n"
-     "the result, or both; None where it cannot be done here, False where the modules are not what was read any more."},
-    {NULL, NULL, 0, NULL}};
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "padfree._maxpool", NULL, 0, methods, NULL, NULL, NULL, NULL};
-PyMODINIT_FUNC PyInit__maxpool(void) { return make_names() ? NULL : PyModule_Create(&module); }

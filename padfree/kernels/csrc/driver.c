@@ -1,13 +1,12 @@
-/* A depthwise convolution of a float32 map, the norm and activation behind it and the max-pool beside it, in one pass:
- * first the sums of the convolution and the maxima of the pool, then scale, shift, activation and the sum of both, all of
- * it while a piece of the input lies in the first caches. A norm and an activation may come first (`_depthwise_lead.c`),
- * a 1x1 convolution of the result last (`_pointwise.c`).
+/* A depthwise convolution of a float32 map, what follows it and the max-pool beside it, in one pass: first the sums of the
+ * convolution and the maxima of the pool, then scale, shift, activation and the sum of both, all of it while a piece of the
+ * input lies in the first caches. An activation may come first (`lead.c`), a 1x1 convolution last (`pointwise.c`).
  */
-#include "_depthwise.h"
+#include "pass.h"
 
 enum { BAND = 1 << 15, ITEM = 8 }; /* floats of a band of rows; rows of a channels_last map worked on as one item */
 enum { TILE = 1 << 15 };           /* floats of what a 1x1 convolution reads at once */
-enum { LED = 1 << 17 };            /* floats of rows of a channels_last map behind a norm and an activation of its own */
+enum { LED = 1 << 17 };            /* floats of rows of a channels_last map behind its activation */
 
 /* Rows of an item of work: a few (channels_last), or as many as a band has; with a 1x1 convolution no more than a tile has,
  * or than leave each thread its share. */
@@ -68,12 +67,12 @@ static float *prepare(const pass *p, scratch *mine, size rows) {
     return memory;
 }
 
-/* The norm's scale and shift of each channel. */
+/* The bias is scaled too: it comes before the scale. */
 INLINE void weigh_ending(ending *e, size channels) {
     for (size c = 0; c < channels; c++) {
-        e->scale[c] = e->mean == NULL ? 1.0f : (e->gain == NULL ? 1.0f : e->gain[c]) / sqrtf(e->variance[c] + e->eps);
-        e->shift[c] = e->mean == NULL ? 0.0f : (e->offset == NULL ? 0.0f : e->offset[c]) - e->mean[c] * e->scale[c];
-        e->added[c] = e->bias == NULL ? 0.0f : e->bias[c];
+        e->scale[c] = e->own_scale == NULL ? 1.0f : e->own_scale[c];
+        e->shift[c] = e->own_shift == NULL ? 0.0f : e->own_shift[c];
+        if (e->bias != NULL) e->shift[c] += e->bias[c] * e->scale[c];
     }
 }
 
@@ -82,7 +81,6 @@ FOR_EVERY_CPU
 static void weigh(pass *p) {
     const size area = p->kernel * p->kernel;
     int places[5 * 5];
-    weigh_ending(&p->lead, p->leads ? p->channels : 0);
     weigh_ending(&p->own, p->channels);
     weigh_ending(&p->mixed, p->outputs);
     if (p->columnwise != NULL) turn_matrix(p->mix, p->inputs, p->outputs, p->inputs, p->columnwise, columnwise_pitch(p));
@@ -95,18 +93,30 @@ static void weigh(pass *p) {
         for (size t = 0; t < area; t++) p->taps[t * VECTOR + i] = p->taps[t * VECTOR + i - p->channels];
 }
 
-/* Beside an infinite weight or a NaN a frame of zeros is not what torch sees there, which is nothing. */
-FOR_EVERY_CPU
-int all_finite(const pass *p) {
+INLINE int finite(const float *from, size count) {
     const uint32_t exponent = 0x7f800000;
-    const size count = p->padding ? p->channels * p->kernel * p->kernel : 0;
     uint32_t bits, found = 0;
     for (size i = 0; i < count; i++) {
-        memcpy(&bits, p->weight + i, sizeof bits);
+        memcpy(&bits, from + i, sizeof bits);
         found |= (bits & exponent) == exponent;
     }
     return !found;
 }
+
+/* Beside an infinite weight or a NaN a frame of zeros is not what torch sees there, which is nothing. An infinite scale of a
+ * sum is not the sum of both, scaled. */
+FOR_EVERY_CPU
+int all_finite(const pass *p) {
+    return finite(p->weight, p->padding ? p->channels * p->kernel * p->kernel : 0) &&
+           finite(p->own.own_scale, p->own.own_scale != NULL && p->own.bias != NULL ? p->channels : 0);
+}
+
+/* Of the tile that a 1x1 convolution reads, and of its weights. */
+size tile_pitch(const pass *p, size rows) {
+    const size pixels = rows * p->columns;
+    return p->last && !by_blocks(p) ? pixels : whole_vectors(pixels);
+}
+size columnwise_pitch(const pass *p) { return whole_vectors(p->outputs); }
 
 /* How many parts of a map are worked on one after another: planes, sixteen channels, or all of them. */
 static size parts(const pass *p) {
@@ -149,20 +159,15 @@ static void work_and_mix(const pass *p, scratch *mine, size n, size maps, size r
 }
 
 static float *weights(pass *p) {
-    const size padded = p->channels + VECTOR, outputs = p->outputs ? p->outputs + 2 * VECTOR : 0, lead = p->leads ? padded : 0;
+    const size padded = p->channels + VECTOR, outputs = p->outputs ? p->outputs + 2 * VECTOR : 0;
     const size taps = padded * p->kernel * p->kernel, columnwise = p->last && !by_blocks(p) ? p->inputs * columnwise_pitch(p) : 0;
-    const size all = 3 * lead + 3 * padded + 3 * outputs + taps + columnwise + 11 * VECTOR;
+    const size all = 2 * padded + 2 * outputs + taps + columnwise + 7 * VECTOR;
     float *memory = calloc((size_t)all, sizeof(float)), *rest = memory;
     if (memory == NULL) return NULL;
-    p->lead.scale = carve(&rest, lead);
-    p->lead.shift = carve(&rest, lead);
-    p->lead.added = carve(&rest, lead);
     p->own.scale = carve(&rest, padded);
     p->own.shift = carve(&rest, padded);
-    p->own.added = carve(&rest, padded);
     p->mixed.scale = carve(&rest, outputs);
     p->mixed.shift = carve(&rest, outputs);
-    p->mixed.added = carve(&rest, outputs);
     p->taps = carve(&rest, taps);
     p->columnwise = columnwise ? carve(&rest, columnwise) : NULL;
     weigh(p);
