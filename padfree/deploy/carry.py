@@ -171,8 +171,8 @@ class Carrier:
         for op, node in traced.anchors.items():
             nodes.setdefault(node, set()).add(op)
         for op in chain.ops:
-            node = traced.anchors.get(op)
-            if node is None or not nodes[node] <= ops | self._idle:
+            place = traced.anchors.get(op)
+            if place is None or not nodes[place] <= ops | self._idle:
                 outer.add(op)
         if not outer.isdisjoint(chain.core):
             raise Refusal("the block's own forward does not hold its core as parts of their own")
@@ -267,7 +267,7 @@ def _passes(node: fx.Node, path: str, modules: dict[str, nn.Module]) -> bool:
     if node.op != "call_module":
         return False
     child = modules.get(f"{path}.{node.target}" if path else str(node.target))
-    return type(child) in _PASSING and not hooked(child)
+    return child is not None and type(child) in _PASSING and not hooked(child)
 
 
 def _without_identities(graph: fx.Graph, module: nn.Module) -> None:

@@ -4,7 +4,7 @@ A chain is a depthwise convolution, the max-pool of the same map and their sum, 
 
     [activation]  ->  depthwise conv  ->  [activation]  ->  + max-pool  ->  [1x1 conv  ->  [activation]]
                       depthwise conv  ->  + max-pool  ->  [batch norm]  ->  [activation]  ->  [1x1 conv ...]
-                      depthwise conv  ->  [activation]  ->  cat max-pool  ->  1x1 conv  ->  [activation]  ->  [+ residual]
+                      depthwise conv  ->  [activation]  ->  cat max-pool  ->  1x1 conv  ->  [act.]  ->  [+ residual]
                       padding-free depthwise conv  ->  [activation]  ->  1x1 conv  ->  [activation]
 
 Operations tell it, with their settings; whether a module or a function ran them makes no difference.
@@ -38,7 +38,7 @@ class StridedChain:
         core: those of them that the chain cannot do without.
         conv: the depthwise convolution.
         norm, point: a batch norm of the sum, and the 1x1 convolution behind (-1: none).
-        ahead, stride, padding, act, pool, pool_padding, merge, point_act, residual: see `padfree.kernels.chain_meaning`.
+        ahead, stride, padding, act, pool, pool_padding, merge, point_act, residual: of `padfree.kernels.chain_meaning`.
     """
 
     source: int
@@ -111,7 +111,7 @@ class Chains:
             yield from self._tail(grown)
 
     def _kernel(self, chain: StridedChain) -> int:
-        weight = self._ops[chain.conv].args[0][1]
+        weight: Ref = self._ops[chain.conv].args[0][1]
         return self._values[weight.value].shape[-1]
 
     def _merged(self, chain: StridedChain) -> StridedChain | None:
@@ -144,8 +144,9 @@ class Chains:
         """Kernel and padding of a max-pool beside the convolution, if both windows have the same centres."""
         if pool.kind not in _POOLS or data_input(pool) != chain.source:
             return None
-        given = pool.args[0][1:]
-        kernel, stride, padding, dilation, ceil = (*given, *(3, (), 0, 1, False)[len(given) :])
+        given: tuple[Any, ...] = pool.args[0][1:]
+        defaults: tuple[Any, ...] = (3, (), 0, 1, False)
+        kernel, stride, padding, dilation, ceil = (*given, *defaults[len(given) :])
         sides = [_sides(each) for each in (kernel, stride or kernel, padding, dilation)]
         if any(len(each) != 1 for each in sides) or ceil or any(map(self._readers, pool.outputs[1:])):
             return None

@@ -23,7 +23,7 @@ def freeze(model: nn.Module, size: tuple[int, ...]) -> None:
     for module in model.modules():
         module.training = False
         module.__dict__["train"] = _Frozen(module)
-    model.register_load_state_dict_pre_hook(_check_keys)
+    model.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
     model.__dict__[MARK] = tuple(size)
 
 

@@ -28,8 +28,8 @@ def fuse(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.M
     """The deployment form of an eval-mode model: a frozen copy with fewer and larger operations.
 
     Batch norms are folded into the convolutions before them. In a converted network each strided chain (activation,
-    depthwise convolution, max-pool, their sum, the 1x1 convolution behind; the tail of a hybrid stem; the reduction of a
-    projection shortcut) becomes one `padfree.layers.fused.FusedChain`, where its parts run exactly once, share no
+    depthwise convolution, max-pool, their sum, the 1x1 convolution behind; the tail of a hybrid stem; the reduction of
+    a projection shortcut) becomes one `padfree.layers.fused.FusedChain`, where its parts run exactly once, share no
     weights, carry no hooks, and nothing else reads what they pass on. Everything else stays as it is.
 
     The result is frozen: `.train()` raises, no parameter requires a gradient, and weights of the unfused network do not

@@ -12,7 +12,6 @@ from torch import nn
 from padfree.record.recording import Recording
 from padfree.record.trees import Ref, storage
 
-
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

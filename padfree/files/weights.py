@@ -30,8 +30,8 @@ FILE_FORMAT = 1
 Forms = dict[str, tuple[int, ...]]
 Rebuild = Callable[[nn.Module, tuple[int, ...]], nn.Module]
 FORMS: dict[str, tuple[Callable[[nn.Module], tuple[int, ...] | None], Rebuild]] = {}
-"""Further forms of converted networks, by the name that files have for them: what tells the size (C, H, W) that a network
-was given the form at (None: it has not got it), and what gives it to a converted network in eval mode."""
+"""Further forms of converted networks, by the name that files have for them: what tells the size (C, H, W) that a
+network was given the form at (None: it has not got it), and what gives it to a converted network in eval mode."""
 _LARGER = 64  # pixels a side; on a map of a single point, pooling by mean and by maximum are the same
 _TOLERANCE = 1e-4  # of the largest output; equal networks on equal inputs differ by rounding at most
 

@@ -35,6 +35,8 @@ class FusedChain(nn.Module):
     merge: str
     point_act: str
     residual: str
+    weight: Tensor
+    point_weight: Tensor | None
 
     def __init__(self, tensors: Mapping[str, Tensor | None], settings: Mapping[str, str | int]) -> None:
         super().__init__()
@@ -70,5 +72,6 @@ class FusedChain(nn.Module):
     def extra_repr(self) -> str:
         """What it computes, for `print(model)`."""
         parts = [f"{name}={getattr(self, name)!r}" for name in SETTINGS if getattr(self, name) not in ("", 0)]
-        point = "" if self.point_weight is None else f" -> {self.point_weight.shape[0]}"
-        return f"{self.weight.shape[0]}{point}, kernel={self.weight.shape[-1]}, {', '.join(parts)}"
+        weight, point = self.weight, self.point_weight
+        outputs = "" if point is None else f" -> {len(point)}"
+        return f"{len(weight)}{outputs}, kernel={weight.shape[-1]}, {', '.join(parts)}"
