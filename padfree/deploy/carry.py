@@ -1,16 +1,21 @@
-"""Puts strided chains in their places: one `FusedChain` for the operations of each.
+"""Puts chains and merged branches in their places: one new layer for the operations of each.
 
-The block whose own forward holds the chain's core is traced, and its graph loses the chain's nodes. Parts of the chain
+The block whose own forward holds the core of what is found is traced, and its graph loses those nodes. Parts
 that lie in neighbouring containers (torchvision keeps the activation ahead and the 1x1 convolution behind there) become
 an `nn.Identity` in their place, which passes on what the chain reads or makes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import fx, nn
 
-from padfree.deploy.chains import Chains, StridedChain
+from padfree.deploy.branches import Branches, merged
+from padfree.deploy.chains import StridedChain
+from padfree.deploy.operations import Operations
 from padfree.deploy.readers import Parameters, hooked
 from padfree.errors import Refusal
 from padfree.layers.fused import SETTINGS, FusedChain
@@ -19,11 +24,12 @@ from padfree.rewrite.edit import BlockEdit
 from padfree.rewrite.forward import graph_source, original_class, rewritten_class, set_class
 from padfree.rewrite.tracer import TracedBlock, trace_block
 
+Found = StridedChain | Branches
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 
 
 class Carrier:
-    """Carries chains out on a model, in place.
+    """Puts what was found in one recording in place.
 
     Args:
         model: in eval mode; its parameters, buffers and children change.
@@ -33,7 +39,7 @@ class Carrier:
     def __init__(self, model: nn.Module, recording: Recording) -> None:
         self._model = model
         self._recording = recording
-        self._chains = Chains(recording)
+        self._look = Operations(recording)
         self._parameters = Parameters(model, recording)
         self._idle = self._parameters.idle()
         self._modules = dict(model.named_modules())
@@ -42,23 +48,28 @@ class Carrier:
         self._taken: set[int] = set()
         self._changed: set[str] = set()
 
-    def carry(self) -> int:
-        """Put every chain in place that can be; how many there are."""
-        count = 0
-        for forms in self._chains.forms():
+    def carry(self, found: Iterable[list[Any]]) -> bool:
+        """Put each of these in place, in the first of its forms in which it can be.
+
+        Args:
+            found: `StridedChain`s or `Branches`, in the forms that they may take.
+
+        Returns:
+            whether something was.
+        """
+        for forms in found:
             for form in forms:
                 try:
                     self._place(form)
                 except Refusal:
                     continue
                 self._taken.update(form.ops)
-                count += 1
                 break
         for path in sorted(self._changed):
             self._finish(path, self._edits[path])
-        return count
+        return bool(self._changed)
 
-    def _place(self, chain: StridedChain) -> None:
+    def _place(self, chain: Found) -> None:
         """Put one form of a chain in place.
 
         Raises:
@@ -70,7 +81,7 @@ class Carrier:
         inside = self._inside(chain, block)
         self._check_alone(chain, inside)
         gone = self._vanishing(inside)
-        layer = self._layer(chain, gone)
+        layer = self._chain(chain, gone) if isinstance(chain, StridedChain) else self._merged(chain, gone)
         outer = self._outer(chain, block)
         edit = self._edit(block)
         if any(_under(node, gone, block.path) and node.users for node in edit.traced.graph.nodes):
@@ -84,14 +95,14 @@ class Carrier:
 
     # -- may it go ------------------------------------------------------------------------------
 
-    def _inside(self, chain: StridedChain, block: Call) -> list[Call]:
+    def _inside(self, chain: Found, block: Call) -> list[Call]:
         """Calls that run nothing but operations of the chain, the block's own and those around it left out."""
         ops, around = self._idle.union(chain.ops), {call.index for call in self._recording.ancestors(block.index)}
         calls = self._recording.calls
         busy = (call for call in calls if not self._idle.issuperset(call.ops))
         return [call for call in busy if ops.issuperset(call.ops) and call.index not in around]
 
-    def _check_alone(self, chain: StridedChain, inside: list[Call]) -> None:
+    def _check_alone(self, chain: Found, inside: list[Call]) -> None:
         """Refuse a chain whose inner values something else reads, or a hook sees."""
         recording, ops = self._recording, set(chain.ops)
         made = {value for op in chain.ops for value in recording.ops[op].outputs} - {chain.out}
@@ -118,31 +129,61 @@ class Carrier:
                 paths.append(call.path)
         return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
-    def _layer(self, chain: StridedChain, gone: list[str]) -> FusedChain:
+    def _chain(self, chain: StridedChain, gone: list[str]) -> FusedChain:
         """The layer, with copies of the weights; these must belong to modules that vanish, and to nothing else."""
-        ops = self._recording.ops
-        refs = {}
-        for name, op in (("", chain.conv), ("point_", chain.point)):
-            if op >= 0:
-                _, refs[f"{name}weight"], refs[f"{name}bias"] = ops[op].args[0][:3]
-        values = {name: None if ref is None else ref.value for name, ref in refs.items()}
-        tensors = {name: self._own(value, gone) for name, value in values.items()}
+        weight, bias = self._conv_tensors(chain.conv, gone)
+        tensors = {"weight": weight, "bias": bias}
+        if chain.point >= 0:
+            tensors["point_weight"], tensors["point_bias"] = self._conv_tensors(chain.point, gone)
         if chain.norm >= 0:
-            found = self._chains.norm_tensors(ops[chain.norm])
-            assert found is not None
-            read, epsilon = found
-            weight, bias, mean, variance = (self._own(value, gone) for value in read)
-            assert mean is not None and variance is not None
-            scale = (variance.double() + epsilon).rsqrt()
-            scale = scale if weight is None else scale * weight.double()
-            shift = -mean.double() * scale
-            shift = shift if bias is None else shift + bias.double()
-            tensors |= {"scale": scale.to(mean.dtype), "shift": shift.to(mean.dtype)}
+            scale, shift = self._norm_tensors(chain.norm, gone)
+            tensors |= {"scale": scale.to(weight.dtype), "shift": shift.to(weight.dtype)}
         return FusedChain(tensors, {name: getattr(chain, name) for name in SETTINGS}).eval()
 
-    def _own(self, value: int | None, gone: list[str]) -> torch.Tensor | None:
-        if value is None:
-            return None
+    def _merged(self, branches: Branches, gone: list[str]) -> nn.Conv2d:
+        """The convolution that the branches are together."""
+        op, lead = self._recording.ops[branches.lead.conv], branches.lead
+        like, _ = self._conv_tensors(lead.conv, gone)
+
+        def tensors(index: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if self._recording.ops[index].kind == "convolution":
+                return self._conv_tensors(index, gone)
+            return self._norm_tensors(index, gone)
+
+        weight, bias = merged(branches.parts, lead, tensors)
+        outputs, inputs, *kernel = weight.shape
+        padding = op.args[0][4]
+        conv: nn.Conv2d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Conv2d, inputs * lead.groups, outputs, tuple(kernel), stride=lead.stride,
+            padding=(padding[0], padding[-1]), groups=lead.groups, device=like.device, dtype=like.dtype,
+        )  # fmt: skip
+        last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        conv.weight = nn.Parameter(weight.to(like.dtype).contiguous(memory_format=layout), requires_grad=False)
+        conv.bias = nn.Parameter(bias.to(like.dtype), requires_grad=False)
+        return conv.eval()
+
+    def _conv_tensors(self, op: int, gone: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _, weight, bias = self._recording.ops[op].args[0][:3]
+        found = self._own(weight.value, gone)
+        return found, None if bias is None else self._own(bias.value, gone)
+
+    def _norm_tensors(self, op: int, gone: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift of a batch norm, in double precision."""
+        found = self._look.norm_tensors(self._recording.ops[op])
+        assert found is not None
+        read, epsilon = found
+        weight, bias, mean, variance = (None if each is None else self._own(each, gone).double() for each in read)
+        assert mean is not None and variance is not None
+        scale = (variance + epsilon).rsqrt() * (1.0 if weight is None else weight)
+        return scale, (0.0 if bias is None else bias) - mean * scale
+
+    def _own(self, value: int, gone: list[str]) -> torch.Tensor:
+        """A tensor of a module that vanishes.
+
+        Raises:
+            Refusal: it is none, or something else has or reads it as well.
+        """
         name = self._recording.values[value].name
         owner = name.rpartition(".")[0]
         if not any(owner == path or owner.startswith(f"{path}.") for path in gone) or not self._parameters.alone(value):
@@ -158,7 +199,7 @@ class Carrier:
                 return call
         raise Refusal("no module's forward holds it")
 
-    def _outer(self, chain: StridedChain, block: Call) -> set[int]:
+    def _outer(self, chain: Found, block: Call) -> set[int]:
         """Operations of the chain that lie in other forwards than the block's own, as modules that do nothing else.
 
         Raises:
@@ -225,7 +266,7 @@ class Carrier:
         set_class(module, rewritten_class(original_class(module), source, names, locked))
 
 
-def _cut(edit: BlockEdit, ops: set[int], layer: FusedChain, modules: dict[str, nn.Module], path: str) -> None:
+def _cut(edit: BlockEdit, ops: set[int], layer: nn.Module, modules: dict[str, nn.Module], path: str) -> None:
     """Let a call of `layer`, a new child, take the place of the nodes that run these operations.
 
     Raises:
@@ -244,7 +285,7 @@ def _cut(edit: BlockEdit, ops: set[int], layer: FusedChain, modules: dict[str, n
     reads = [node for node in first.all_input_nodes if node.op != "get_attr"]
     if len(reads) != 1 or last is not nodes[-1]:
         raise Refusal("it reads more than one map")
-    name = edit.reserve("chain")
+    name = edit.reserve("chain" if isinstance(layer, FusedChain) else "conv")
     modules[path]._modules[name] = layer
     new = edit.call_child(first, name, reads[0])
     edit.substitute(last, lambda old, at: new)

@@ -17,14 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from padfree.analysis.kinds import data_input, plain_kind
+from padfree.deploy.operations import BATCH_NORMS, Operations
 from padfree.kernels import activation
 from padfree.record.recorder import Op
-from padfree.record.recording import Recording
 from padfree.record.trees import Ref
 
 _KERNELS = (3, 5)  # windows that the operator's C kernel knows, of the convolution and of the pool
 _STRIDES = (1, 2)
-_BATCH_NORMS = {"native_batch_norm": 5, "_native_batch_norm_legit_no_training": None}  # where `training` stands
 _POOLS = ("max_pool2d_with_indices", "max_pool2d", "max_pool_values")
 
 
@@ -59,16 +58,12 @@ class StridedChain:
     residual: str = ""
 
 
-class Chains:
+class Chains(Operations):
     """Finds the strided chains of one recording."""
-
-    def __init__(self, recording: Recording) -> None:
-        self.recording = recording
-        self._ops, self._values = recording.ops, recording.values
 
     def forms(self) -> Iterator[list[StridedChain]]:
         """For each depthwise convolution that begins a chain, the chain's forms, those that take most in first."""
-        for op in self._ops:
+        for op in self.recording.ops:
             if op.kind == "convolution" and self._depthwise(op):
                 found = list(self._grown(op))
                 if found:
@@ -79,7 +74,7 @@ class Chains:
     def _depthwise(self, op: Op) -> bool:
         """Whether the operator takes this convolution: one channel a group, square, no dilation."""
         _, weight, _, stride, padding, dilation, transposed, _, groups = op.args[0]
-        source, shape = self._values[data_input(op)].shape, self._values[weight.value].shape
+        source, shape = self.recording.values[data_input(op)].shape, self.recording.values[weight.value].shape
         return (
             len(source) == 4
             and not transposed
@@ -111,16 +106,16 @@ class Chains:
             yield from self._tail(grown)
 
     def _kernel(self, chain: StridedChain) -> int:
-        weight: Ref = self._ops[chain.conv].args[0][1]
-        return self._values[weight.value].shape[-1]
+        weight: Ref = self.recording.ops[chain.conv].args[0][1]
+        return self.recording.values[weight.value].shape[-1]
 
     def _merged(self, chain: StridedChain) -> StridedChain | None:
         """The chain with the max-pool of its source and what joins both; None where there is none."""
-        join = self._sole(chain.out)
+        join = self.sole(chain.out)
         if join is None:
             return None
         merge = ""
-        if self._is_sum(join):
+        if self.is_sum(join):
             merge = "sum" if chain.act else "norm"
             others = [value for value in join.inputs if value != chain.out]
         elif join.kind == "cat" and _axis(join) in (1, -3):
@@ -130,11 +125,11 @@ class Chains:
                 return None
         if not merge or len(others) != 1:
             return None
-        pool = self._producer(others[0])
+        pool = self.producer(others[0])
         window = None if pool is None else self._window(pool, chain)
         if pool is None or window is None:
             return None
-        readers = set(self._readers(pool.outputs[0]))
+        readers = set(self.readers(pool.outputs[0]))
         if pool.outputs[0] in self.recording.outputs or (merge != "cat" and readers != {join.index}):
             return None
         grown = _more(_more(chain, pool, out=False), join)
@@ -148,7 +143,7 @@ class Chains:
         defaults: tuple[Any, ...] = (3, (), 0, 1, False)
         kernel, stride, padding, dilation, ceil = (*given, *defaults[len(given) :])
         sides = [_sides(each) for each in (kernel, stride or kernel, padding, dilation)]
-        if any(len(each) != 1 for each in sides) or ceil or any(map(self._readers, pool.outputs[1:])):
+        if any(len(each) != 1 for each in sides) or ceil or any(map(self.readers, pool.outputs[1:])):
             return None
         side, step, pad, spread = (each.pop() for each in sides)
         centred = side - 2 * pad == self._kernel(chain) - 2 * chain.padding
@@ -158,7 +153,7 @@ class Chains:
 
     def _normed(self, chain: StridedChain) -> StridedChain:
         """With a batch norm of the sum and an activation, where they follow."""
-        op = self._sole(chain.out)
+        op = self.sole(chain.out)
         if op is not None and self.norm_tensors(op) is not None:
             chain = replace(_more(chain, op), norm=op.index)
         act, op = self._activated(chain.out)
@@ -166,7 +161,7 @@ class Chains:
 
     def _tail(self, chain: StridedChain, needed: bool = False) -> Iterator[StridedChain]:
         """With the 1x1 convolution behind (part of the core where `needed`), its activation and a residual."""
-        op = self._sole(chain.out)
+        op = self.sole(chain.out)
         if op is None or not self._pointwise(op):
             return
         chain = replace(_more(chain, op), point=op.index)
@@ -179,8 +174,8 @@ class Chains:
             chain = replace(_more(chain, op), point_act=act)
             if chain.merge != "cat" or self._maxima_free(chain):
                 yield chain
-        op = self._sole(chain.out)
-        if op is None or not self._is_sum(op) or chain.merge != "cat":
+        op = self.sole(chain.out)
+        if op is None or not self.is_sum(op) or chain.merge != "cat":
             return
         others = {value for value in op.inputs if value != chain.out}
         for residual, value in (("input", chain.source), ("maxima", self._maxima(chain))):
@@ -194,27 +189,27 @@ class Chains:
         if op.kind != "convolution":
             return False
         _, weight, _, stride, padding, _, transposed, _, groups = op.args[0]
-        shape = self._values[weight.value].shape
+        shape = self.recording.values[weight.value].shape
         plain = set(stride) == {1} and set(padding) == {0} and not transposed and groups == 1
         return plain and len(shape) == 4 and shape[2:] == (1, 1)
 
     def _maxima(self, chain: StridedChain) -> int:
-        pool = next(op for op in map(self._ops.__getitem__, chain.ops) if op.kind in _POOLS)
+        pool = next(op for op in map(self.recording.ops.__getitem__, chain.ops) if op.kind in _POOLS)
         return pool.outputs[0]
 
     def _maxima_free(self, chain: StridedChain) -> bool:
         """Whether nothing but the chain reads its maxima."""
-        return set(self._readers(self._maxima(chain))) <= set(chain.ops)
+        return set(self.readers(self._maxima(chain))) <= set(chain.ops)
 
     # -- what stands ahead ----------------------------------------------------------------------
 
     def _with_ahead(self, chain: StridedChain) -> Iterator[StridedChain]:
         """The chain with an activation ahead, whose result nothing else reads."""
-        op = self._producer(chain.source)
+        op = self.producer(chain.source)
         act = "" if op is None else self._activation(op)
         if op is None or not act or chain.source in self.recording.outputs:
             return
-        if not set(self._readers(chain.source)) <= set(chain.ops) or not self._is_plain(op):
+        if not set(self.readers(chain.source)) <= set(chain.ops) or not self._is_plain(op):
             return
         yield replace(chain, source=op.inputs[0], ops=(op.index, *chain.ops), ahead=act)
 
@@ -222,34 +217,15 @@ class Chains:
         """Whether an activation, if it works in place, changes a tensor that no view shows a part of."""
         if not op.kind.endswith("_"):
             return True
-        maker = self._producer(op.inputs[0])
-        others = [self._ops[index] for index in self._readers(op.inputs[0]) if index != op.index]
-        return maker is not None and maker.kind in ("convolution", *_BATCH_NORMS) and not others
+        maker = self.producer(op.inputs[0])
+        others = [self.recording.ops[index] for index in self.readers(op.inputs[0]) if index != op.index]
+        return maker is not None and maker.kind in ("convolution", *BATCH_NORMS) and not others
 
     # -- operations -----------------------------------------------------------------------------
 
-    def _readers(self, value: int) -> list[int]:
-        return self.recording.consumers.get(value, [])
-
-    def _producer(self, value: int) -> Op | None:
-        index = self._values[value].producer
-        return None if index < 0 else self._ops[index]
-
-    def _sole(self, value: int) -> Op | None:
-        """The operation that alone reads a value."""
-        found = self._readers(value)
-        return self._ops[found[0]] if len(found) == 1 and value not in self.recording.outputs else None
-
-    def _is_sum(self, op: Op) -> bool:
-        """Whether it adds two maps of one shape, unscaled."""
-        shapes = {self._values[value].shape for value in op.inputs}
-        return (
-            plain_kind(op) == "add" and len(op.inputs) == 2 == len(op.args[0]) and not op.args[1] and len(shapes) == 1
-        )
-
     def _activated(self, value: int) -> tuple[str, Op | None]:
         """The activation that alone reads a value."""
-        op = self._sole(value)
+        op = self.sole(value)
         act = "" if op is None else self._activation(op)
         return (act, op) if act else ("", None)
 
@@ -274,18 +250,6 @@ class Chains:
                 return activation("hardtanh", low, high)
             return activation("relu") if low == 0 and high is None else ""
         return activation("relu") if kind == "clamp_min" and given == [0] else ""
-
-    def norm_tensors(self, op: Op) -> tuple[list[int | None], float] | None:
-        """Values of weight, bias, mean and variance of a batch norm in eval mode, and its epsilon."""
-        if op.kind not in _BATCH_NORMS:
-            return None
-        _, *tensors = op.args[0][:5]
-        flag = _BATCH_NORMS[op.kind]
-        if any(each is not None and not isinstance(each, Ref) for each in tensors) or None in tensors[2:]:
-            return None
-        if flag is not None and op.args[0][flag]:
-            return None
-        return [None if ref is None else ref.value for ref in tensors], float(op.args[0][-1])
 
 
 def _more(chain: StridedChain, op: Op, out: bool = True) -> StridedChain:

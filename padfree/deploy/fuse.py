@@ -13,13 +13,15 @@ from __future__ import annotations
 from torch import nn
 
 from padfree.deploy.agreement import ASKED, check_same
+from padfree.deploy.branches import Sums
 from padfree.deploy.carry import Carrier
+from padfree.deploy.chains import Chains
 from padfree.deploy.fold import fold
 from padfree.deploy.frozen import MARK, freeze, is_fused
 from padfree.errors import PadfreeError
 from padfree.files.weights import FORMS
 from padfree.record.copies import full_copy, kept_random_state
-from padfree.record.recording import record
+from padfree.record.recording import Recording, record
 
 __all__ = ["fuse"]
 
@@ -72,14 +74,21 @@ def fused_form(model: nn.Module, input_size: tuple[int, ...] | None = None) -> n
     with kept_random_state():
         recording = record(model, input_size)
         fused = full_copy(model)
-        fold(fused, recording)
-        try:
-            folded = record(fused, recording.input_size)
-        except PadfreeError as error:
-            raise PadfreeError(f"with its norms folded, {error} {ASKED}") from error
-        Carrier(fused, folded).carry()
+        merged = Carrier(fused, recording).carry(Sums(recording).forms())
+        current = _again(fused, recording) if merged else recording
+        fold(fused, current)
+        current = _again(fused, current)
+        Carrier(fused, current).carry(Chains(current).forms())
     freeze(fused, recording.input_size)
     return fused
+
+
+def _again(model: nn.Module, before: Recording) -> Recording:
+    """Another recording, of what became of the model."""
+    try:
+        return record(model, before.input_size)
+    except PadfreeError as error:
+        raise PadfreeError(f"with its norms folded, {error} {ASKED}") from error
 
 
 FORMS["fused"] = (lambda model: model.__dict__.get(MARK), fused_form)
