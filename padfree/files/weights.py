@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,15 @@ from padfree.files.checkpoint import KEY, load_weights, read_safetensors, some
 from padfree.files.sources import Source
 from padfree.files.writing import as_path, check_target, replacing
 from padfree.record.copies import bare_copy, kept_random_state
-from padfree.record.inputs import example_inputs
+from padfree.record.inputs import check_input_size, example_inputs
 from padfree.record.trees import collect, first_line
 
 FILE_FORMAT = 1
+Forms = dict[str, tuple[int, ...]]
+Rebuild = Callable[[nn.Module, tuple[int, ...]], nn.Module]
+FORMS: dict[str, tuple[Callable[[nn.Module], tuple[int, ...] | None], Rebuild]] = {}
+"""Further forms of converted networks, by the name that files have for them: what tells the size (C, H, W) that a
+network was given the form at (None: it has not got it), and what gives it to a converted network in eval mode."""
 _LARGER = 64  # pixels a side; on a map of a single point, pooling by mean and by maximum are the same
 _TOLERANCE = 1e-4  # of the largest output; equal networks on equal inputs differ by rounding at most
 
@@ -44,7 +49,7 @@ def save(
     training mode, frozen parameters) is not kept.
 
     Args:
-        model: a network made by `convert` or `Plan.apply`.
+        model: a network made by `convert` or `Plan.apply`, or what `fuse` made of one.
         path: where to write; the folder must exist.
         source: the unconverted model: "timm:NAME", "torchvision:NAME", "bsconv:NAME",
             "package.module:factory", or a dictionary with `library`, `name` and `kwargs` (numbers,
@@ -61,7 +66,8 @@ def save(
     target = check_target(path)
     tensors = _tensors(model)
     try:
-        text = json.dumps({"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()})
+        content = {"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()}
+        text = json.dumps(content | {"forms": _forms(model)})
     except (TypeError, ValueError) as error:
         raise FileError(f"{origin} cannot be written down: {error}; kwargs are numbers, strings, lists") from error
     _check_rebuilt(model, tensors, *_content(target, {KEY: text}))
@@ -84,9 +90,9 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     """
     path = as_path(path)
     tensors, metadata = read_safetensors(path)
-    source, plan = _content(path, metadata)
+    source, plan, forms = _content(path, metadata)
     try:
-        model = _rebuild(source, plan)
+        model = _rebuild(source, plan, forms)
     except PadfreeError as error:
         raise FileError(f"{path}: {source} with the plan of this file cannot be built: {error}") from error
     floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -96,15 +102,23 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def _rebuild(source: Source, plan: Plan) -> nn.Module:
-    """The network of a source and a plan, with fresh weights.
+def _forms(model: nn.Module) -> Forms:
+    sizes = ((name, size_of(model)) for name, (size_of, _) in FORMS.items())
+    return {name: size for name, size in sizes if size is not None}
+
+
+def _rebuild(source: Source, plan: Plan, forms: Forms) -> nn.Module:
+    """The network of a source and a plan, in its form, with fresh weights.
 
     Raises:
         PadfreeError: whatever went wrong; a damaged plan may ask for anything.
     """
     original = source.create()
     try:
-        return plan.apply(original, inplace=True)
+        model = plan.apply(original, inplace=True)
+        for name, size in forms.items():
+            model = FORMS[name][1](model.eval(), size)
+        return model
     except PadfreeError:
         raise
     except (Exception, SystemExit) as error:
@@ -142,11 +156,11 @@ def _timm_source(model: nn.Module, plan: Plan) -> Source:
     return Source("timm", str(config["architecture"]), kwargs)
 
 
-def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan) -> None:
+def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan, forms: Forms) -> None:
     """Refuse to write a file that `load` could not read, or would read as another network."""
     with kept_random_state():
         try:
-            rebuilt = _rebuild(source, plan)
+            rebuilt = _rebuild(source, plan, forms)
         except PadfreeError as error:
             raise FileError(f"{source} does not take this network's plan ({error}); pass source=") from error
         fresh = rebuilt.state_dict()
@@ -206,7 +220,7 @@ def _close(expected: list[Tensor], found: list[Tensor] | None) -> bool:
     return True
 
 
-def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
+def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan, Forms]:
     if KEY not in metadata:
         raise FileError(f"{path} was not written by padfree.save: it holds weights without a plan")
     try:
@@ -217,8 +231,11 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
         plan = Plan.from_dict(content["plan"])
         if not isinstance(plan, Plan):
             raise TypeError(f"a {type(plan).__name__}")
-        return Source.from_dict(content["source"]), plan
+        forms = {name: check_input_size(size) for name, size in content.get("forms", {}).items()}
+        if unknown := sorted(forms.keys() - FORMS.keys()):
+            raise FileError(f"{path} holds a network in the form {unknown[0]!r}; this padfree knows {sorted(FORMS)}")
+        return Source.from_dict(content["source"]), plan, forms
     except FileError:
         raise
-    except (PadfreeError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (PadfreeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {first_line(error)}") from error
