@@ -90,7 +90,8 @@ def check_calls(before: Recording, after: Recording, changed: Changed) -> None:
     Raises:
         Refusal: a module or operation runs more or less often, or in another order.
     """
-    were, are = _bodies(before), _bodies(after)
+    leaves = {path for path, module in before.modules.items() if _torchs_own(module)}
+    were, are = _bodies(before, leaves), _bodies(after, leaves)
     for path, bodies in were.items():
         if changed.is_gone(path):
             continue
@@ -119,19 +120,21 @@ def _plain(body: list[str], changed: Changed) -> list[str]:
     return [event for event in body if not changed.is_new(event.removeprefix(_MODULE))]
 
 
-def _bodies(recording: Recording) -> dict[str, list[list[str]]]:
-    """By module path, what each of its calls did itself: modules called and kinds of operations, in order."""
+def _bodies(recording: Recording, leaves: set[str]) -> dict[str, list[list[str]]]:
+    """By module path, what each of its calls did itself: modules called and kinds of operations, in order.
+
+    Operations of `leaves` are left out.
+    """
     end = _decided(recording)
     events: dict[int, list[tuple[int, int, str]]] = {-1: []}
     for call in recording.calls:
         if call.ops.start < end:
             events[call.index] = []
             events[call.parent].append((call.ops.start, call.index, f"{_MODULE}{call.path}"))
-    own = {path for path, module in recording.modules.items() if _torchs_own(module)}
     for op in recording.ops[:end]:
         kind = "product" if op.kind in PRODUCTS else plain_kind(op)
         compared = op.inputs and kind not in _LAYOUT and not kind.startswith(RESAMPLING)
-        if compared and (op.call < 0 or recording.calls[op.call].path not in own):
+        if compared and (op.call < 0 or recording.calls[op.call].path not in leaves):
             events[op.call].append((op.index, len(recording.calls), kind))
     found: dict[str, list[list[str]]] = {}
     for index, inside in events.items():
