@@ -137,7 +137,10 @@ def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
 def _blur(sites: Sites, conv: Conv) -> Match | Skip:
     """A parallel conv whose filter is fixed (BlurPool): only its padding goes."""
     domain = sites.flow.domain(conv.out)
-    if conv.stride != (2, 2) or conv.spans[0] != conv.spans[1] or conv.spans[0] % 2 == 0 or not conv.is_module:
+    if not conv.is_module:
+        why = "its fixed filter is used in a function call, not by a module with the padding among its attributes"
+        return Skip(conv.path, why, NAME, domain)
+    if conv.stride != (2, 2) or conv.spans[0] != conv.spans[1] or conv.spans[0] % 2 == 0:
         return Skip(conv.path, "its fixed filter is not an odd square window of stride 2x2", NAME, domain)
     detail = Blur(conv.op, conv.source, padfree_padding(conv.spans[0]))
     return _match(sites, sites.flow.ops[conv.op], conv.path, conv.path, detail)

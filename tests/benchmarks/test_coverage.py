@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -16,6 +15,7 @@ from benchmarks.measure import Result, macs, measure
 from padfree.files.sources import Source
 from padfree.record.recording import record
 from padfree.report.macs import count_macs
+from tests.benchmarks import misbehaving
 
 
 def test_the_fixed_sample_has_names_that_exist() -> None:
@@ -55,34 +55,27 @@ def test_a_crash_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (row.status, row.reason) == ("crash", "ZeroDivisionError: inside padfree")
 
 
-def _misbehave(pipe: coverage.Connection) -> None:
-    pipe.send(None)
-    while True:
-        name = pipe.recv()
-        if name == "dies":
-            os._exit(7)
-        if name == "sleeps":
-            time.sleep(60)
-        pipe.send(Result(name, "full", candidates=1).to_dict())
-
-
-def test_a_worker_that_dies_or_sleeps_costs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "_work", _misbehave)
-    rows = {row["name"]: row for row in coverage.sweep(["a", "dies", "b", "sleeps", "c", "d"], timeout=3)}
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "a": "full", "b": "full", "c": "full", "d": "full", "dies": "crash", "sleeps": "timeout",
-    }  # fmt: skip
-    assert rows["dies"]["reason"] == "the process died with exit status 7"
+def test_a_worker_that_dies_or_sleeps_costs_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asleep = tmp_path / "asleep"
+    clock = SimpleNamespace(monotonic=lambda: 1e6 if asleep.exists() else 0.0)  # it jumps once one sleeps
+    monkeypatch.setattr(coverage, "_work", misbehaving.work)
+    monkeypatch.setattr(coverage, "time", clock)
+    names = ["a", "dies", "b", f"sleeps@{asleep}", "c"]
+    rows = list(coverage.sweep(names, timeout=3, processes=1))
+    assert [row["name"] for row in rows] == names
+    assert [row["status"] for row in rows] == ["full", "crash", "full", "timeout", "full"]
+    assert rows[1]["reason"] == "the process died with exit status 7"
+    assert (rows[3]["seconds"], rows[3]["reason"]) == (1e6, "over 3 seconds")
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "_work", _misbehave)
+    monkeypatch.setattr(coverage, "_work", misbehaving.work)
     cache = tmp_path / "cache" / "rows.jsonl"
-    first = coverage.run(["a", "b"], cache, timeout=30)
+    first = coverage.run(["a", "b"], cache, timeout=600)
     with cache.open("a") as file:
         file.write('{"name": "half')
     monkeypatch.setattr(coverage, "sweep", lambda names, timeout: pytest.fail(f"{names} again") if names else [])
-    assert coverage.run(["b", "a"], cache, timeout=30) == first[::-1]
+    assert coverage.run(["b", "a"], cache, timeout=600) == first[::-1]
 
 
 def test_the_tables(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ torch.distributed.destroy_process_group()
 def test_distributed_data_parallel_is_refused_and_can_wrap_the_converted_model() -> None:
     done = subprocess.run(
         [sys.executable, "-c", DISTRIBUTED],
-        capture_output=True, text=True, timeout=120, cwd=ROOT / "tests", env=environment(),
+        capture_output=True, text=True, timeout=600, cwd=ROOT / "tests", env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "convert the model inside (model.module), then wrap it again" in done.stdout

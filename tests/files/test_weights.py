@@ -182,7 +182,7 @@ def test_whatever_applying_a_plan_raises_is_a_file_error(written: Path, monkeypa
             load(written)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_a_damaged_byte_is_refused_or_harmless(written: Path, data: st.DataObject) -> None:
     """Any one byte of the header: lengths, keys, source and plan are all in it."""

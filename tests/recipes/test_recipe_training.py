@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -128,20 +127,28 @@ def test_a_finished_run_resumed_trains_no_more(small: Path, finished: Path) -> N
     assert (finished / "metrics.csv").read_text() == figures
 
 
+KILLED = """
+import os, signal, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+steps = iter(range(10**6))
+def hook(*_):
+    if next(steps) == 15:  # an epoch has 11: some way into the second
+        os.kill(os.getpid(), signal.SIGKILL)
+register_optimizer_step_post_hook(hook)
+from padfree.recipes.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_equal(workers: int, small: Path, tmp_path: Path) -> None:
     changes = ["training.epochs=3", "training.ema_decay=0.9", f"data.workers={workers}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(small, whole, *changes)
-    command = [*CLI, "train", str(small), "--out", str(killed), "--cpu", "--quiet", *changes]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    end = time.monotonic() + 120
-    while not checkpoints(killed) and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.02)
-    time.sleep(0.3)  # some way into the second epoch
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 1 <= read_progress(killed).done < 3
+    command = [sys.executable, "-c", KILLED, "train", str(small), "--out", str(killed), "--cpu", "--quiet", *changes]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert read_progress(killed).done == 1
     progress = run(small, killed, *changes, resume=True)
     assert progress.done == 3
     expected, found = weights(whole), weights(killed)

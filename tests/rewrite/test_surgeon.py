@@ -390,7 +390,7 @@ def test_5_a_whole_model_loads_in_a_fresh_process(tmp_path: Path) -> None:
     torch.save({"model": made, "x": images(), "wanted": made(images()).detach()}, path)
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(path)],
-        capture_output=True, text=True, timeout=120, cwd=ROOT / "tests",
+        capture_output=True, text=True, timeout=600, cwd=ROOT / "tests",
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -429,7 +429,7 @@ def test_5_classes_defined_in_main(tmp_path: Path) -> None:
     for step in ("save", "load"):
         done = subprocess.run(
             [sys.executable, str(script), step, str(tmp_path / "model.pt")],
-            capture_output=True, text=True, timeout=120,
+            capture_output=True, text=True, timeout=600,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
