@@ -187,7 +187,7 @@ def _import(name: str, extra: str = "") -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        hint = f'; pip install ".[{extra}]" in padfree\'s source folder' if extra else ""
+        hint = f'; pip install ".[{extra}]" in the source folder of padfree' if extra else ""
         raise SourceError(f"cannot import {name}: {error}{hint}") from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise SourceError(

@@ -161,4 +161,7 @@ def test_a_missing_package_is_one_line(package: str, command: str, tmp_path: Pat
     code += f"sys.exit(main({command.split()!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"padfree-recipes: needs the package {package}: pip install 'padfree[recipes]'\n"
+    assert (
+        done.stderr
+        == f'padfree-recipes: needs the package {package}: pip install ".[recipes]" in the source folder of padfree\n'
+    )
