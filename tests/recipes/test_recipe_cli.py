@@ -68,7 +68,7 @@ def test_table_shows_every_figure_uncut(capsys: pytest.CaptureFixture[str]) -> N
         (["table", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json: there is no folder /nowhere"),
         (["evaluate", "/nowhere", "--json", "/"], "cannot write /: it is a folder"),
         (["train", "digits/resnet20", "--variant", "x", "--cpu"], "no variant 'x'; it has original, padfree"),
-        (["train", "digits/resnet20", "optimizer.lr=fast"], "optimizer.sgd.lr: "),
+        (["train", "digits/resnet20", "optimizer.lr=fast"], "optimizer.lr: "),
         (["train", "digits/resnet20", "--seed", "1", "training.epoch=3"], "training.epoch: "),
         (["train", "cifar100-first/resnet20", "--cpu", "data.root=/nowhere"], "no CIFAR100: looked for"),
         (["train", "digits/resnet20", "--cpu", "--mixed-precision", "fp16"], "fp16 needs an accelerator"),
