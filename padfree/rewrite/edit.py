@@ -1,4 +1,4 @@
-"""Edits of one block's graph."""
+"""Edits of one block's graph: made alike in every body, where the forward asks for the mode it runs in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,44 @@ from torch import fx
 
 from padfree.errors import Refusal
 from padfree.layers.spec import Spec
-from padfree.rewrite.tracer import TracedBlock
+from padfree.rewrite.tracer import Body, TracedBlock
 from padfree.types import NEW
 
 
+class Places:
+    """The same node in each body of a block; what it is is what it is in the recorded one."""
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self.nodes = tuple(nodes)
+
+    @property
+    def op(self) -> str:
+        """The kind of node."""
+        return self.nodes[0].op
+
+    @property
+    def target(self) -> Any:
+        """What it calls."""
+        return self.nodes[0].target
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Its positional arguments."""
+        return self.nodes[0].args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Its keyword arguments."""
+        return self.nodes[0].kwargs
+
+    def replace_input_with(self, old: Places, new: Places) -> None:
+        """Read `new` instead of `old`."""
+        for node, before, after in zip(self.nodes, old.nodes, new.nodes, strict=True):
+            node.replace_input_with(before, after)
+
+
 class BlockEdit:
-    """Edits of one block's graph."""
+    """Edits of one block's bodies."""
 
     def __init__(self, traced: TracedBlock, taken: Iterable[str]) -> None:
         self.traced = traced
@@ -22,17 +54,25 @@ class BlockEdit:
         self._now: dict[fx.Node, fx.Node] = {}
         self._taken = set(taken)
 
-    def node(self, value: int) -> fx.Node:
+    def node(self, value: int) -> Places:
         """The node that made a recorded value, or what stands for it now, after the edits made so far."""
-        return self._holders(value)[0]
+        return Places(self._holders(body, value)[0] for body in self.traced.bodies)
 
-    def read(self, value: int, reader: fx.Node) -> fx.Node:
+    def read(self, value: int, reader: Places) -> Places:
         """The node from which `reader` has a recorded value: a dropout in between passes on the same in eval mode."""
-        found = [node for node in self._holders(value) if node in reader.all_input_nodes]
-        return found[-1] if found else self.node(value)
+        first = reader.nodes[0]
+        found = [node for node in self._holders(self.traced.bodies[0], value) if node in first.all_input_nodes]
+        if not found:
+            return self.node(value)
+        at = first.all_input_nodes.index(found[-1])
+        if any(len(node.all_input_nodes) != len(first.all_input_nodes) for node in reader.nodes):
+            raise self._other_in_training()
+        return Places(node.all_input_nodes[at] for node in reader.nodes)
 
-    def _holders(self, value: int) -> list[fx.Node]:
-        found = list(self.traced.nodes.get(value, ()))
+    def _holders(self, body: Body, value: int) -> list[fx.Node]:
+        found = list(body.nodes.get(value, ()))
+        if not found and body.graph is not self.traced.bodies[0].graph and self.traced.bodies[0].nodes.get(value):
+            raise self._other_in_training()
         if not found:
             raise Refusal(f"`{self.traced.path}` does not hold the value to be edited in its own forward")
         for index, node in enumerate(found):
@@ -40,28 +80,41 @@ class BlockEdit:
                 node = found[index] = self._now[node]
         return found
 
-    def anchor(self, op: int) -> fx.Node:
+    def _other_in_training(self) -> Refusal:
+        where = f"`{self.traced.path}`" if self.traced.path else "the model itself"
+        return Refusal(
+            f"the forward of {where} does something else in training at the place to be edited; "
+            "move what differs into a child module"
+        )
+
+    def anchor(self, op: int) -> Places:
         """The node that runs a recorded operation."""
-        return self.traced.anchors[op]
+        found = [body.anchors.get(op) for body in self.traced.bodies]
+        if found[0] is None:
+            raise KeyError(op)
+        if None in found:
+            raise self._other_in_training()
+        return Places(node for node in found if node is not None)
 
-    def call(self, before: fx.Node, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> fx.Node:
+    def call(self, before: Places, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> Places:
         """A new node before another: a function, or a new child named after `name`."""
-        graph = self.traced.graph
-        with graph.inserting_before(before):
-            if isinstance(target, Spec):
-                child = self._child(name, target)
-                return graph.call_module(child, args)
-            return graph.call_function(target, args)
+        if isinstance(target, Spec):
+            child = self.reserve(name)
+            self.children.append((child, target))
+            return self.call_child(before, child, *args)
+        return self._insert(before, "call_function", target, args)
 
-    def call_child(self, before: fx.Node, name: str, *args: Any) -> fx.Node:
+    def call_child(self, before: Places, name: str, *args: Any) -> Places:
         """A call of a child by name."""
-        with self.traced.graph.inserting_before(before):
-            return self.traced.graph.call_module(name, args)
+        return self._insert(before, "call_module", name, args)
 
-    def _child(self, name: str, spec: Spec) -> str:
-        unique = self.reserve(name)
-        self.children.append((unique, spec))
-        return unique
+    def _insert(self, before: Places, op: str, target: Any, args: tuple[Any, ...]) -> Places:
+        made = []
+        for index, (body, at) in enumerate(zip(self.traced.bodies, before.nodes, strict=True)):
+            given = tuple(arg.nodes[index] if isinstance(arg, Places) else arg for arg in args)
+            with body.graph.inserting_before(at):
+                made.append(body.graph.create_node(op, target, given))
+        return Places(made)
 
     def reserve(self, name: str) -> str:
         """A free name for a new child."""
@@ -73,15 +126,17 @@ class BlockEdit:
         self._taken.add(unique)
         return unique
 
-    def substitute(self, old: fx.Node, make: Callable[[fx.Node, fx.Node], fx.Node]) -> None:
+    def substitute(self, old: Places, make: Callable[[Places, Places], Places]) -> None:
         """Let everything that reads `old` read what `make(old, insertion point)` returns."""
-        users = list(old.users)
-        new = make(old, old.next)
-        for user in users:
-            user.replace_input_with(old, new)
-        self._now[old] = new
+        users = [list(node.users) for node in old.nodes]
+        new = make(old, Places(node.next for node in old.nodes))
+        for readers, before, after in zip(users, old.nodes, new.nodes, strict=True):
+            for reader in readers:
+                reader.replace_input_with(before, after)
+            self._now[before] = after
 
-    def drop(self, node: fx.Node) -> None:
+    def drop(self, place: Places) -> None:
         """Erase a node that nothing reads any more."""
-        if not node.users:
-            self.traced.graph.erase_node(node)
+        for body, node in zip(self.traced.bodies, place.nodes, strict=True):
+            if not node.users:
+                body.graph.erase_node(node)

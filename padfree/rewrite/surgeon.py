@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from padfree.analysis.convolution import Conv
 from padfree.analysis.kinds import AVG_POOLS, data_input
@@ -16,7 +16,7 @@ from padfree.errors import Refusal
 from padfree.layers.spec import Spec
 from padfree.pooling import shortcut_pool
 from padfree.record.recording import Call
-from padfree.rewrite.edit import BlockEdit
+from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.forward import graph_source, original_class
 from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
 from padfree.rewrite.same_padding import plain_forward
@@ -197,7 +197,7 @@ class Surgeon:
 
     # -------------------------------------------------------------------------------------------
 
-    def _reading(self, edit: BlockEdit, source: int, op: int) -> tuple[fx.Node, fx.Node]:
+    def _reading(self, edit: BlockEdit, source: int, op: int) -> tuple[Places, Places]:
         """The node that runs an operation, and the one that it has `source` from.
 
         Raises:
@@ -221,9 +221,7 @@ class Surgeon:
         """Everything collected: attributes and children first, then forwards, then seals of ancestors."""
         found = list(self._operations)
         for path, edit in self._blocks.items():
-            graph = edit.traced.graph
-            graph.lint()
-            source, names = graph_source(graph)
+            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             found.append(Reforward(path, source, names, edit.traced.locked))
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})

@@ -21,38 +21,56 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
-from padfree.record.copies import in_mode
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
+from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
 from padfree.rewrite.spy import Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
 
 
 @dataclass(frozen=True)
-class TracedBlock:
-    """A block's forward as a graph, tied to the recording.
+class Body:
+    """What a forward does in one setting of the modes that it asks, tied to the recording.
 
     Attributes:
-        path: the block's path. graph: its own forward, children as leaves.
+        graph: the forward, children as leaves.
         nodes: graph nodes by recorded value, in order. anchors: graph node by recorded operation.
-        locked: plain state baked into the graph, with its value where that is simple.
     """
 
-    path: str
     graph: fx.Graph
     nodes: dict[int, list[fx.Node]]
     anchors: dict[int, fx.Node]
-    locked: Locked
 
-    def copied(self) -> TracedBlock:
+    def copied(self) -> Body:
         """The same with a graph of its own, to be edited."""
         graph = fx.Graph()
         table: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, table))
         nodes = {value: [table[node] for node in found] for value, found in self.nodes.items()}
         anchors = {op: table[node] for op, node in self.anchors.items() if node in table}
-        return TracedBlock(self.path, graph, nodes, anchors, self.locked)
+        return Body(graph, nodes, anchors)
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """A block's forward as graphs, tied to the recording.
+
+    Attributes:
+        path: the block's path.
+        flags: paths below it of the modules whose `training` chooses the body; "" is the block itself.
+        bodies: one for each of `modes.settings_of(flags)`; the first is the recorded one.
+        locked: plain state baked into the graphs, with its value where that is simple.
+    """
+
+    path: str
+    flags: Flags
+    bodies: tuple[Body, ...]
+    locked: Locked
+
+    def copied(self) -> TracedBlock:
+        """The same with graphs of its own, to be edited."""
+        return TracedBlock(self.path, self.flags, tuple(body.copied() for body in self.bodies), self.locked)
 
 
 def trace_block(recording: Recording, call: Call) -> TracedBlock:
@@ -65,21 +83,34 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
     where = f"`{call.path}` ({type(module).__name__})" if call.path else f"the model itself ({type(module).__name__})"
     _check_kind(module, where)
     spy = Spy(module)
-    eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
-    if str(eval_graph) != str(train_graph):
-        raise Refusal(f"the forward of {where} runs other code in training than in eval mode")
+
+    def traced(flags: Setting, others: bool) -> fx.Graph:
+        with setting(module, flags, others):
+            return _trace(spy, call, flags.get("", others), where)
+
+    flags = asked_flags(module, lambda flags, others: str(traced(flags, others)), where)
+    settings = settings_of(flags)
+    graphs = [traced(flags, False) for flags in settings]
     if call.path == "" and spy.methods:
         raise Refusal(
             f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which others would run "
             "unconverted; move the layers into a child module"
         )
-    for node in eval_graph.nodes:
-        if node.op == "get_attr" and not _resolves(module, str(node.target)):
-            raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
-    nodes, anchors = link(recording, call, eval_graph, where)
-    read_live = {str(node.target) for node in eval_graph.nodes if node.op == "get_attr"}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "get_attr" and not _resolves(module, str(node.target)):
+                raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
+    bodies: list[Body] = []
+    for graph, flags_now in zip(graphs, settings, strict=True):
+        nodes, anchors = link(recording, call, graph, where, flags_now)
+        if bodies:
+            pairs = align(bodies[0].graph, graph)
+            nodes = {value: [pairs[n] for n in found if n in pairs] for value, found in bodies[0].nodes.items()}
+            anchors = {op: pairs[node] for op, node in bodies[0].anchors.items() if node in pairs}
+        bodies.append(Body(graph, nodes, anchors))
+    read_live = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     locked = tuple(item for item in spy.locked() if item[0] not in read_live)
-    return TracedBlock(call.path, eval_graph, nodes, anchors, locked)
+    return TracedBlock(call.path, flags, tuple(bodies), locked)
 
 
 def _check_kind(module: nn.Module, where: str) -> None:
@@ -201,8 +232,7 @@ def expect_length(found: Any, expected: int, name: str) -> None:
 def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for _ in range(TRIES):
         chance = random_states()
-        with in_mode(list(spy.module.modules())[1:], training):
-            graph = _trace_once(spy, call, training, where)
+        graph = _trace_once(spy, call, training, where)
         if random_states() == chance:
             return graph
     raise Refusal(f"the forward of {where} draws random numbers of its own")
