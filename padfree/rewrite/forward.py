@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from padfree.errors import Refusal
 from padfree.rewrite.sealed import FUSERS, locking_setattr, sealed, sequential_members
+from padfree.rewrite.stale import CHECK, check_member
 from padfree.types import NEW
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
@@ -28,12 +29,13 @@ Locked = tuple[tuple[str, Any], ...]
 _MARK = "_padfree_base"
 
 
-def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = ()) -> tuple[str, Names]:
+def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checked: bool = False) -> tuple[str, Names]:
     """The Python source of a forward and where its globals come from.
 
     Args:
         graphs: its bodies, one for each combination of the modes of `flags`, all in eval mode first.
         flags: paths of the modules whose `training` chooses the body, "" for the block itself.
+        checked: whether it begins with a look at what was baked into it.
 
     Raises:
         Refusal: it uses an object that cannot be imported by name.
@@ -58,6 +60,9 @@ def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = ()) -> tup
         text = [*sources[0][:head], *_branches(calls, flags)]
         for index, source in enumerate(sources):
             text += ["", source[head - 1].replace("def forward(", f"def {NEW}body{index}(", 1), *source[head:]]
+    if checked:
+        values["torch"] = torch
+        text = [*text[:head], "    if not torch.jit.is_scripting():", f"        self.{CHECK}()", *text[head:]]
     return "\n".join(text) + "\n", tuple(_name(name, value) for name, value in sorted(values.items()))
 
 
@@ -172,6 +177,7 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
     if source:
         members |= _compile(base, source, names)
         if locked:
+            members |= check_member(base, dict(locked))
             members["__setattr__"] = locking_setattr(base, dict(locked))
         if issubclass(base, nn.Sequential):
             members |= sequential_members(base)

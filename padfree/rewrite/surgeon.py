@@ -17,10 +17,11 @@ from padfree.layers.spec import Spec
 from padfree.pooling import shortcut_pool
 from padfree.record.recording import Call
 from padfree.rewrite.edit import BlockEdit, Places
-from padfree.rewrite.forward import graph_source, original_class
+from padfree.rewrite.forward import Locked, access, graph_source, original_class
 from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
+from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.types import Options
 
@@ -221,11 +222,27 @@ class Surgeon:
         """Everything collected: attributes and children first, then forwards, then seals of ancestors."""
         found = list(self._operations)
         for path, edit in self._blocks.items():
-            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags)
+            locked = self._lasting(edit)
+            watches = any(is_watched(name) for name, _ in locked)
+            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags, watches)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
-            found.append(Reforward(path, source, names, edit.traced.locked))
+            found.append(Reforward(path, source, names, locked))
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
         return tuple(found)
+
+    def _lasting(self, edit: BlockEdit) -> Locked:
+        """What was baked into a block, but what the conversion itself changes."""
+        below = f"{edit.traced.path}." if edit.traced.path else ""
+        changed = {
+            f"{access(operation.path.removeprefix(below))}.{name}"
+            for operation in self._operations
+            if isinstance(operation, SetAttributes) and operation.path.startswith(below)
+            for name, _ in operation.values
+        }
+        moved = [operation.origin for operation in self._operations if isinstance(operation, MoveChild)]
+        moved += [operation.path for operation in self._operations if isinstance(operation, ReplaceEnd)]
+        changed |= {access(path.removeprefix(below)) for path in moved if path.startswith(below)}
+        return tuple((text, value) for text, value in edit.traced.locked if not any(name in text for name in changed))
 
     def _seals(self, rewritten: set[str]) -> list[Operation]:
         """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""

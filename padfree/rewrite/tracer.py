@@ -24,6 +24,7 @@ from padfree.errors import Refusal
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
+from padfree.rewrite.reads import watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
 from padfree.rewrite.spy import Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
@@ -109,7 +110,9 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
             anchors = {op: pairs[node] for op, node in bodies[0].anchors.items() if node in pairs}
         bodies.append(Body(graph, nodes, anchors))
     read_live = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
     locked = tuple(item for item in spy.locked() if item[0] not in read_live)
+    locked += watched(module, {k: v for k, v in spy.reads.items() if k not in read_live}, called | read_live)
     return TracedBlock(call.path, flags, tuple(bodies), locked)
 
 
