@@ -53,6 +53,8 @@ class BlockEdit:
         self.children: list[tuple[str, Spec]] = []
         self._now: dict[fx.Node, fx.Node] = {}
         self._taken = set(taken)
+        self._made: set[fx.Node] = set()
+        self._ends: set[str] = set()
 
     def node(self, value: int) -> Places:
         """The node that made a recorded value, or what stands for it now, after the edits made so far."""
@@ -114,6 +116,7 @@ class BlockEdit:
             given = tuple(arg.nodes[index] if isinstance(arg, Places) else arg for arg in args)
             with body.graph.inserting_before(at):
                 made.append(body.graph.create_node(op, target, given))
+        self._made.update(made)
         return Places(made)
 
     def reserve(self, name: str) -> str:
@@ -128,6 +131,7 @@ class BlockEdit:
 
     def substitute(self, old: Places, make: Callable[[Places, Places], Places]) -> None:
         """Let everything that reads `old` read what `make(old, insertion point)` returns."""
+        self._end(old)
         users = [list(node.users) for node in old.nodes]
         new = make(old, Places(node.next for node in old.nodes))
         for readers, before, after in zip(users, old.nodes, new.nodes, strict=True):
@@ -137,6 +141,22 @@ class BlockEdit:
 
     def drop(self, place: Places) -> None:
         """Erase a node that nothing reads any more."""
+        self._end(place)
         for body, node in zip(self.traced.bodies, place.nodes, strict=True):
             if not node.users:
                 body.graph.erase_node(node)
+
+    def _end(self, place: Places) -> None:
+        if place.op == "call_module" and not place.target.startswith(NEW):
+            self._ends.add(place.target)
+
+    def ends(self) -> tuple[str, ...]:
+        """Children that, called one after another, do not give what they give in the block.
+
+        Either something is done to what they make, or they read what only the generated forward makes.
+        """
+        added = self._made - set(self._now.values())
+        for node in self.traced.bodies[0].graph.nodes:
+            if node.op == "call_module" and not node.target.startswith(NEW) and added & set(node.all_input_nodes):
+                self._ends.add(node.target)
+        return tuple(sorted(self._ends))

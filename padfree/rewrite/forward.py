@@ -6,12 +6,12 @@ rebuild the class from (base, source, names, locked), so they work in a fresh pr
 
 from __future__ import annotations
 
-import abc
 import importlib
 import itertools
 import keyword
 import linecache
 import math
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -20,8 +20,10 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
+from padfree.rewrite.classes import quiet_subclass
 from padfree.rewrite.sealed import FUSERS, locking_setattr, sealed, sequential_members
 from padfree.rewrite.stale import CHECK, check_member
+from padfree.rewrite.views import GENERATED, SEALED, child_members
 from padfree.types import NEW
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
@@ -162,7 +164,7 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
     return found
 
 
-_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
@@ -179,26 +181,17 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         if locked:
             members |= check_member(base, dict(locked))
             members["__setattr__"] = locking_setattr(base, dict(locked))
+        ends = tuple(dict(locked).get(SEALED, ()))
+        if ends and base.named_children is nn.Module.named_children:
+            members |= child_members(ends)
         if issubclass(base, nn.Sequential):
-            members |= sequential_members(base)
+            members |= sequential_members(base, ends)
     for name in FUSERS:
         if callable(getattr(base, name, None)):
             members[name] = sealed(name)
-    return quiet_subclass(base, members)
-
-
-def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    """A subclass of `base`, with its metaclass, made without running the user's class-creation code.
-
-    An `__init_subclass__` or metaclass that registers classes by name would take it for a class of the
-    user's, replace the original in the registry, or demand arguments.
-    """
-    maker = abc.ABCMeta if issubclass(type(base), abc.ABCMeta) else type
-    made: type[nn.Module] = maker.__new__(type(base), base.__name__, (nn.Module,), members)
-    try:
-        made.__bases__ = (base,)  # unlike class creation, this calls no __init_subclass__
-    except TypeError:  # a base with slots
-        made = maker.__new__(type(base), base.__name__, (base,), members)
+    made = quiet_subclass(base, members)
+    if source:
+        weakref.finalize(made, linecache.cache.pop, members["forward"].__code__.co_filename, None)
     return made
 
 
@@ -207,7 +200,7 @@ _count = itertools.count()  # of generated sources, so that no two share a file 
 
 def _compile(base: type[nn.Module], source: str, names: Names) -> dict[str, Any]:
     """The forward that the source defines, and the bodies that it chooses from."""
-    filename = f"<padfree {base.__module__}.{base.__qualname__} {next(_count)}>"
+    filename = f"{GENERATED}{base.__module__}.{base.__qualname__} {next(_count)}>"
     namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
     namespace["__name__"] = base.__module__
     globals_ = set(namespace)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import LockedStateError
+from padfree.rewrite.views import SEALED
 from padfree.types import NEW
 
 CHECK = f"{NEW}check"
@@ -20,7 +21,7 @@ _MODULES = re.compile(r"^(?:len\(|tuple\()?padfree_modules\['([\w.]+)'\]")
 
 def is_watched(name: str) -> bool:
     """Whether an entry of what is locked is Python text to evaluate, and not the name of an attribute."""
-    return not name.isidentifier()
+    return not name.isidentifier() and name != SEALED
 
 
 def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:

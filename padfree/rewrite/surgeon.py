@@ -23,6 +23,7 @@ from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
 from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
+from padfree.rewrite.views import SEALED
 from padfree.types import Options
 
 TraceCache = dict[str, TracedBlock | Refusal]
@@ -226,7 +227,8 @@ class Surgeon:
             watches = any(is_watched(name) for name, _ in locked)
             source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags, watches)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
-            found.append(Reforward(path, source, names, locked))
+            ends = edit.ends()
+            found.append(Reforward(path, source, names, (*locked, (SEALED, ends)) if ends else locked))
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
         return tuple(found)
 
