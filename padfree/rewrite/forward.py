@@ -47,7 +47,7 @@ def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checke
     for graph in graphs:
         graph.lint()
         code, used = _python_code(graph)
-        sources.append(code.strip().split("\n"))
+        sources.append([part for line in code.strip().split("\n") for part in _unscripted(line)])
         for name, value in used.items():
             if name in values and _name(name, values[name]) != _name(name, value):
                 raise Refusal(f"its forward uses two things of one name, {value!r} and {values[name]!r}")
@@ -62,10 +62,18 @@ def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checke
         text = [*sources[0][:head], *_branches(calls, flags)]
         for index, source in enumerate(sources):
             text += ["", source[head - 1].replace("def forward(", f"def {NEW}body{index}(", 1), *source[head:]]
-    if checked:
+    if checked or any("torch.jit.is_scripting" in line for line in text):
         values["torch"] = torch
+    if checked:
         text = [*text[:head], "    if not torch.jit.is_scripting():", f"        self.{CHECK}()", *text[head:]]
     return "\n".join(text) + "\n", tuple(_name(name, value) for name, value in sorted(values.items()))
+
+
+def _unscripted(line: str) -> list[str]:
+    """A line that looks at an argument, kept from TorchScript, which checks types instead and cannot read it."""
+    if "padfree_rewrite_tracer_expect_" not in line:
+        return [line]
+    return ["    if not torch.jit.is_scripting():", f"    {line}"]
 
 
 def _branches(calls: list[str], flags: tuple[str, ...]) -> list[str]:

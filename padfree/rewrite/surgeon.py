@@ -77,7 +77,8 @@ class Surgeon:
 
     def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
         recording = self._recording
-        if recording.ops[pad].call == recording.ops[op].call:
+        within = (call.index for call in recording.ancestors(recording.ops[pad].call))
+        if recording.ops[op].call in within:  # in its own forward, or a child that pads
             source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
             values.update(switches)
             if source_text:

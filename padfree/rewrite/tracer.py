@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import enum
 import inspect
+import operator
 import threading
+import types
+import typing
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from torch import fx, nn
 from padfree.errors import Refusal
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
+from padfree.rewrite.asserts import asserted
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
 from padfree.rewrite.reads import watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
@@ -146,6 +150,17 @@ class BlockTracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What an `assert` wants `obj` to be: it stays asked, as `torch._assert`."""
+        frame = inspect.currentframe()
+        caller = frame and frame.f_back and frame.f_back.f_back  # of the proxy's own `__bool__`
+        wants = asserted(caller) if caller else None
+        if wants is None:
+            return super().to_bool(obj)
+        condition = obj if wants[0] else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (condition, wants[1]), {})
+        return wants[0]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
         return True
@@ -159,11 +174,15 @@ class BlockTracer(fx.Tracer):
         """
         args: list[Any] = [self.root]
         by_name: list[str] = []  # of keyword-only parameters
+        optional = False
         lists: list[tuple[Any, list[Any]]] = []  # what stands for a list of tensors, with its stand-in
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             value = self.arguments[parameter.name]
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            if default == (None,) and holds_tensor((value,)) and not optional:
+                default = ()  # a tensor of TorchScript's has no default
+            optional = optional or bool(default)
+            proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             if parameter.kind is parameter.KEYWORD_ONLY:
                 by_name.append(parameter.name)
             if isinstance(value, enum.Enum):
@@ -268,9 +287,34 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
         raise Refusal(f"the forward of {where} writes its own attribute `{writes[0]}`")
     if changed := spy.watch.changed():
         raise Refusal(f"the forward of {where} writes into {changed[0]}")
-    for node in graph.nodes:
-        node.type = None  # annotations may name what only the block's own file imports
+    hints = _types(spy.module)
+    for node in graph.nodes:  # annotations may name what only the block's own file imports
+        hint = hints.get(node.target) if node.op == "placeholder" else None
+        given = holds_tensor((tracer.arguments.get(node.target),)) and not node.args
+        node.type = _without_none(hint) if given else hint
     return graph
+
+
+def _types(module: nn.Module) -> dict[str, Any]:
+    """The types of a forward's parameters that are made of tensors, numbers and `typing`: TorchScript needs them."""
+    try:
+        hints = typing.get_type_hints(type(module).forward)
+    except Exception:  # they name what only type checkers see
+        return {}
+    return {name: hint for name, hint in hints.items() if _is_plain(hint)}
+
+
+def _without_none(hint: Any) -> Any:
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(parts) == 1
+    return parts[0] if optional else hint
+
+
+def _is_plain(hint: Any) -> bool:
+    parts = typing.get_args(hint)
+    if not parts:
+        return hint in (torch.Tensor, int, float, bool, str, type(None))
+    return typing.get_origin(hint) in (list, tuple, dict, typing.Union, types.UnionType) and all(map(_is_plain, parts))
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:

@@ -86,8 +86,9 @@ def _check_training(original: Recording, converted: nn.Module, after: Recording)
             raise Refusal(f"`{path}` is called {calls} times in eval mode and {more} times in train mode")
 
 
-def _settings(module: nn.Module) -> list[Any]:
-    return [getattr(module, name, None) for name in ("stride", "padding", "kernel_size")]
+def _settings(module: nn.Module) -> list[str]:
+    values = [vars(module).get(name) for name in ("stride", "padding", "kernel_size")]
+    return [repr(value) if isinstance(value, (int, str, tuple, list)) else "" for value in values]
 
 
 def _counts(recording: Recording) -> bool:
