@@ -38,6 +38,12 @@ _PARTS = frozenset({"slice", "split", "split_with_sizes", "unbind", "select"})
 _PADS = frozenset({"constant_pad_nd", "reflection_pad2d", "replication_pad2d", "_pad_circular"})
 
 
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute says a stride or a padding; heads keep tensors under such names."""
+    sides = value if isinstance(value, (tuple, list)) else (value,)
+    return isinstance(value, str) or (bool(sides) and all(isinstance(side, int) for side in sides))
+
+
 class Sites:
     """The convolutions of a recording and what they act as."""
 
@@ -99,7 +105,7 @@ class Sites:
         call = recording.calls[op.call]
         module = recording.modules.get(call.path)
         inner = [self.flow.ops[i] for i in call.ops if self.flow.ops[i].kind == "convolution"]
-        fits = module is not None and hasattr(module, "stride") and hasattr(module, "padding")
+        fits = module is not None and all(_is_setting(vars(module).get(name)) for name in ("stride", "padding"))
         return call.path, bool(fits and len(inner) == 1 and not isinstance(module, nn.Sequential))
 
     @functools.cached_property

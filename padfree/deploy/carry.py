@@ -21,9 +21,11 @@ from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
 from padfree.layers.fused import SETTINGS, FusedChain
 from padfree.record.recording import Call, Recording
-from padfree.rewrite.edit import BlockEdit
-from padfree.rewrite.forward import graph_source, original_class, rewritten_class, set_class
+from padfree.rewrite.edit import BlockEdit, Places
+from padfree.rewrite.forward import access, graph_source, original_class, rewritten_class, set_class
+from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
+from padfree.rewrite.views import SEALED
 
 Found = StridedChain | Branches
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
@@ -45,6 +47,7 @@ class Carrier:
         self._idle = self._parameters.idle()
         self._modules = dict(model.named_modules())
         self._traced: dict[str, TracedBlock | Refusal] = {}
+        self._gone: list[str] = []  # paths of modules that chains took the place of
         self._edits: dict[str, BlockEdit] = {}
         self._taken: set[int] = set()
         self._changed: set[str] = set()
@@ -85,7 +88,7 @@ class Carrier:
         layer = self._chain(chain, gone) if isinstance(chain, StridedChain) else self._merged(chain, gone)
         outer = self._outer(chain, block)
         edit = self._edit(block)
-        if any(_under(node, gone, block.path) and node.users for node in edit.traced.graph.nodes):
+        if any(_under(node, gone, block.path) and node.users for node in edit.traced.bodies[0].graph.nodes):
             raise Refusal("the forward asks for a weight of its own accord")
         _cut(edit, {op for op in chain.ops if op not in outer}, layer, self._modules, block.path)
         self._changed.add(block.path)
@@ -93,6 +96,7 @@ class Carrier:
             parent, _, name = path.rpartition(".")
             # past __setattr__: a generated forward may have locked some of its block's attributes
             self._modules[parent]._modules[name] = nn.Identity().eval()
+        self._gone += gone
 
     # -- may it go ------------------------------------------------------------------------------
 
@@ -210,10 +214,11 @@ class Carrier:
         traced = self._trace(block)
         outer: set[OpId] = set()
         nodes: dict[fx.Node, set[OpId]] = {}
-        for op, node in traced.anchors.items():
+        anchors = traced.bodies[0].anchors
+        for op, node in anchors.items():
             nodes.setdefault(node, set()).add(op)
         for op in chain.ops:
-            place = traced.anchors.get(op)
+            place = anchors.get(op)
             if place is None or not nodes[place] <= ops | self._idle:
                 outer.add(op)
         if not outer.isdisjoint(chain.core):
@@ -240,8 +245,9 @@ class Carrier:
         found = self._traced.get(block.path)
         if found is None:
             try:
-                found = trace_block(self._recording, block)
-                graph_source(found.graph)  # which may not be possible
+                traced = trace_block(self._recording, block)
+                found = TracedBlock(block.path, (), traced.bodies[:1], traced.locked)  # what it does in eval mode
+                graph_source([found.bodies[0].graph])  # which may not be possible
             except Refusal as refusal:
                 found = refusal
             self._traced[block.path] = found
@@ -257,14 +263,18 @@ class Carrier:
 
     def _finish(self, path: str, edit: BlockEdit) -> None:
         """Give a block the forward of its edited graph."""
-        module = self._modules[path]
-        _without_identities(edit.traced.graph, module)
-        edit.traced.graph.lint()
-        source, names = graph_source(edit.traced.graph)
+        module, graph = self._modules[path], edit.traced.bodies[0].graph
+        _without_identities(graph, module)
+        below = f"{path}." if path else ""
+        gone = [inner.removeprefix(below) for inner in self._gone if inner.startswith(below)]
         recipe = getattr(type(module), "_padfree_recipe", None)
-        earlier = dict(recipe[2]) if recipe else {}
-        locked = tuple(sorted((earlier | dict(edit.traced.locked)).items()))
-        set_class(module, rewritten_class(original_class(module), source, names, locked))
+        locked = (dict(recipe[2]) if recipe else {}) | dict(edit.traced.locked)
+        texts = [access(inner) for inner in gone]
+        locked = {name: value for name, value in locked.items() if not any(text in name for text in texts)}
+        # called one after another, the children give what the block gives no more
+        locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(inner.partition(".")[0] for inner in gone)}))
+        source, names = graph_source([graph], checked=any(map(is_watched, locked)))
+        set_class(module, rewritten_class(original_class(module), source, names, tuple(sorted(locked.items()))))
 
 
 def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, nn.Module], path: str) -> None:
@@ -273,7 +283,7 @@ def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, n
     Raises:
         Refusal: something else in the forward depends on one of them; the graph is as it was.
     """
-    graph, anchors = edit.traced.graph, edit.traced.anchors
+    graph, anchors = edit.traced.bodies[0].graph, edit.traced.bodies[0].anchors
     order = {node: index for index, node in enumerate(graph.nodes)}
     nodes = sorted({anchors[op] for op in ops}, key=order.__getitem__)
     first, last = nodes[0], anchors[max(ops)]
@@ -288,8 +298,8 @@ def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, n
         raise Refusal("it reads more than one map")
     name = edit.reserve("chain" if isinstance(layer, FusedChain) else "conv")
     modules[path]._modules[name] = layer
-    new = edit.call_child(first, name, reads[0])
-    edit.substitute(last, lambda old, at: new)
+    new = edit.call_child(Places([first]), name, Places(reads))
+    edit.substitute(Places([last]), lambda old, at: new)
     for node in sorted({*inner, last}, key=order.__getitem__, reverse=True):
         graph.erase_node(node)
 

@@ -222,7 +222,7 @@ def _held(kind: type) -> Iterator[tuple[str, Any, str, Any]]:
                 continue
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)  # holds the classes: bounded
 def _functions(kind: type) -> tuple[tuple[types.FunctionType, tuple[str, ...]], ...]:
     found = []
     for owner in _own_classes(kind):

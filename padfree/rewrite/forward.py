@@ -6,12 +6,13 @@ rebuild the class from (base, source, names, locked), so they work in a fresh pr
 
 from __future__ import annotations
 
-import abc
 import importlib
 import itertools
 import keyword
 import linecache
 import math
+import weakref
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,27 +20,96 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
+from padfree.rewrite.classes import quiet_subclass
 from padfree.rewrite.sealed import FUSERS, locking_setattr, sealed, sequential_members
+from padfree.rewrite.stale import CHECK, check_member
+from padfree.rewrite.views import GENERATED, SEALED, child_members
+from padfree.types import NEW
 
 Names = tuple[tuple[str, str, str], ...]  # (global name, module, qualified name)
 Locked = tuple[tuple[str, Any], ...]
 _MARK = "_padfree_base"
 
 
-def graph_source(graph: fx.Graph) -> tuple[str, Names]:
-    """The Python source of a graph's forward and where its globals come from.
+def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checked: bool = False) -> tuple[str, Names]:
+    """The Python source of a forward and where its globals come from.
+
+    Args:
+        graphs: its bodies, one for each combination of the modes of `flags`, all in eval mode first.
+        flags: paths of the modules whose `training` chooses the body, "" for the block itself.
+        checked: whether it begins with a look at what was baked into it.
 
     Raises:
-        Refusal: it uses an object that cannot be imported by name, or a child that cannot be named.
+        Refusal: it uses an object that cannot be imported by name.
     """
+    sources: list[list[str]] = []
+    values: dict[str, Any] = {}
+    for graph in graphs:
+        graph.lint()
+        code, used = _python_code(graph)
+        sources.append([part for line in code.strip().split("\n") for part in _unscripted(line)])
+        for name, value in used.items():
+            if name in values and _name(name, values[name]) != _name(name, value):
+                raise Refusal(f"its forward uses two things of one name, {value!r} and {values[name]!r}")
+            values[name] = value
+    head = next(index for index, line in enumerate(sources[0]) if line.startswith("def ")) + 1
+    if any(source[:head] != sources[0][:head] for source in sources):
+        raise Refusal("its forward takes other arguments in training")
+    text = sources[0]
+    if flags:  # TorchScript lets no variable change its type inside an `if`, and torch.fx lets go of them so
+        arguments = ", ".join(str(node.target) for node in graphs[0].nodes if node.op == "placeholder")
+        calls = [f"return self.{NEW}body{index}({arguments})" for index in range(len(graphs))]
+        text = [*sources[0][:head], *_branches(calls, flags)]
+        for index, source in enumerate(sources):
+            text += ["", source[head - 1].replace("def forward(", f"def {NEW}body{index}(", 1), *source[head:]]
+    if checked or any("torch.jit.is_scripting" in line for line in text):
+        values["torch"] = torch
+    if checked:
+        text = [*text[:head], "    if not torch.jit.is_scripting():", f"        self.{CHECK}()", *text[head:]]
+    return "\n".join(text) + "\n", tuple(_name(name, value) for name, value in sorted(values.items()))
+
+
+def _unscripted(line: str) -> list[str]:
+    """A line that looks at an argument, kept from TorchScript, which checks types instead and cannot read it."""
+    if "padfree_rewrite_tracer_expect_" not in line:
+        return [line]
+    return ["    if not torch.jit.is_scripting():", f"    {line}"]
+
+
+def _branches(calls: list[str], flags: tuple[str, ...]) -> list[str]:
+    if not flags:
+        return [f"    {calls[0]}"]
+    half = len(calls) // 2
+    evaluated, trained = (_branches(part, flags[1:]) for part in (calls[:half], calls[half:]))
+    lines = [f"if {access(flags[0])}.training:", *trained, "else:", *evaluated]
+    return [f"    {line}" for line in lines]
+
+
+def access(path: str, root: str = "self") -> str:
+    """Python text that reads the child, parameter or buffer at `path`, whatever its names are made of."""
+    for name in filter(None, path.split(".")):
+        plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+        root = f"{root}.{name}" if plain else f"getattr({root}, {name!r})"
+    return root
+
+
+def _python_code(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
+    """The code of a graph, with odd names of children quoted (torch.fx takes some for code), and its globals."""
+    odd: dict[str, str] = {}
+    changed: list[tuple[fx.Node, str]] = []
     for node in graph.nodes:
-        words = str(node.target).split(".") if node.op in ("call_module", "get_attr") else []
-        if reserved := next(filter(keyword.iskeyword, words), None):
-            raise Refusal(
-                f"it calls `{node.target}`, and `{reserved}` is a word of Python's own; name the child otherwise"
-            )
+        if node.name == "self":  # what a child of that name makes
+            node.name = f"{NEW}self"
+        if node.op in ("call_module", "get_attr") and access(node.target) != f"self.{node.target}":
+            changed.append((node, node.target))
+            node.target = odd.setdefault(node.target, f"padfree_odd_{len(odd)}_")
     code = graph.python_code("self")
-    return code.src.strip() + "\n", tuple(_name(name, value) for name, value in sorted(code.globals.items()))
+    for node, target in changed:
+        node.target = target
+    text = code.src
+    for target, stand_in in odd.items():
+        text = text.replace(f"self.{stand_in}", access(target))
+    return text, code.globals
 
 
 def _name(name: str, value: Any) -> tuple[str, str, str]:
@@ -102,7 +172,7 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
     return found
 
 
-_CLASSES: dict[tuple[Any, ...], type[nn.Module]] = {}
+_CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakref.WeakValueDictionary()
 
 
 def sealed_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -120,45 +190,39 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         "__reduce_ex__": _reduce,
     }
     if source:
-        members["forward"] = _compile(base, source, names)
+        members |= _compile(base, source, names)
         if locked:
+            members |= check_member(base, dict(locked))
             members["__setattr__"] = locking_setattr(base, dict(locked))
+        ends = tuple(dict(locked).get(SEALED, ()))
+        if ends and base.named_children is nn.Module.named_children:
+            members |= child_members(ends)
         if issubclass(base, nn.Sequential):
-            members |= sequential_members(base)
+            members |= sequential_members(base, ends)
     for name in FUSERS:
         if callable(getattr(base, name, None)):
             members[name] = sealed(name)
-    return quiet_subclass(base, members)
-
-
-def quiet_subclass(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    """A subclass of `base`, with its metaclass, made without running the user's class-creation code.
-
-    An `__init_subclass__` or metaclass that registers classes by name would take it for a class of the
-    user's, replace the original in the registry, or demand arguments.
-    """
-    maker = abc.ABCMeta if issubclass(type(base), abc.ABCMeta) else type
-    made: type[nn.Module] = maker.__new__(type(base), base.__name__, (nn.Module,), members)
-    try:
-        made.__bases__ = (base,)  # unlike class creation, this calls no __init_subclass__
-    except TypeError:  # a base with slots
-        made = maker.__new__(type(base), base.__name__, (base,), members)
+    made = quiet_subclass(base, members)
+    if source:
+        weakref.finalize(made, linecache.cache.pop, members["forward"].__code__.co_filename, None)
     return made
 
 
 _count = itertools.count()  # of generated sources, so that no two share a file name
 
 
-def _compile(base: type[nn.Module], source: str, names: Names) -> Any:
-    """The forward that the source defines."""
-    filename = f"<padfree {base.__module__}.{base.__qualname__} {next(_count)}>"
+def _compile(base: type[nn.Module], source: str, names: Names) -> dict[str, Any]:
+    """The forward that the source defines, and the bodies that it chooses from."""
+    filename = f"{GENERATED}{base.__module__}.{base.__qualname__} {next(_count)}>"
     namespace: dict[str, Any] = {name: _resolve(module, qualified) for name, module, qualified in names}
     namespace["__name__"] = base.__module__
+    globals_ = set(namespace)
     exec(compile(source, filename, "exec"), namespace)  # our own text, from a graph
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    forward = namespace["forward"]
-    forward.__module__, forward.__qualname__ = base.__module__, f"{base.__qualname__}.forward"
-    return forward
+    made = {n: v for n, v in namespace.items() if n == "forward" or (n.startswith(f"{NEW}body") and n not in globals_)}
+    for name, function in made.items():
+        function.__module__, function.__qualname__ = base.__module__, f"{base.__qualname__}.{name}"
+    return made
 
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:

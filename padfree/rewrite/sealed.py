@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import LockedStateError, PadfreeError
+from padfree.rewrite.views import view
 from padfree.types import NEW
 
 FUSERS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert", "merge_bn")
@@ -44,12 +45,18 @@ def sealed(name: str) -> Any:
     return refuse
 
 
-def sequential_members(base: type[nn.Module]) -> dict[str, Any]:
-    """A rewritten Sequential shows only its old children, and refuses to be re-arranged."""
+def sequential_members(base: type[nn.Module], ends: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A rewritten Sequential shows only its old children, and refuses to be re-arranged.
+
+    Args:
+        base: its original class.
+        ends: names of the children that shortcuts end at, which it hands out views of.
+    """
 
     def shown(self: nn.Module) -> list[nn.Module]:
         children: dict[str, Any] = self._modules
-        return [child for name, child in children.items() if not name.startswith(NEW)]
+        old = {name: child for name, child in children.items() if not name.startswith(NEW)}
+        return [view(child) if name in ends else child for name, child in old.items()]
 
     def __len__(self: nn.Module) -> int:
         return len(shown(self))
@@ -60,8 +67,8 @@ def sequential_members(base: type[nn.Module]) -> dict[str, Any]:
     def __getitem__(self: nn.Module, index: Any) -> nn.Module:
         if isinstance(index, slice):
             raise PadfreeError(
-                "a slice of a converted Sequential would lose its padding-free shortcut; slice the original, "
-                "or call the parts by index"
+                "a slice of a converted Sequential would lose its padding-free shortcut; slice the original model, "
+                "and convert the parts"
             )
         numbered = isinstance(index, int) or hasattr(index, "__index__")
         child: nn.Module = shown(self)[index] if numbered else base.__getitem__(self, index)  # type: ignore[index]

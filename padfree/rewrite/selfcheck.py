@@ -18,10 +18,10 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
-from padfree.record.copies import in_mode
 from padfree.record.recorder import Op, Recorder, Value
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import collect, containers_copied, first_line, freeze, geometry_key, repeat_batch, storage
+from padfree.rewrite.modes import Setting, setting
 
 
 def bind(module: nn.Module, call: Call, where: str) -> dict[str, Any]:
@@ -78,47 +78,63 @@ class _LinkingInterpreter(fx.Interpreter):
 
 
 def link(
-    recording: Recording, call: Call, graph: fx.Graph, where: str
+    recording: Recording, call: Call, graph: fx.Graph, where: str, flags: Setting
 ) -> tuple[dict[ValueId, list[fx.Node]], dict[OpId, fx.Node]]:
-    """Self-check in both modes; then nodes by recorded value and by recorded operation.
+    """Self-check with `flags` set and all else in either mode; then nodes by recorded value and by operation.
 
-    Several nodes hold one value where a module passes it on in eval mode (dropout).
+    Several nodes hold one value where a module passes it on in eval mode (dropout). For a body that is not the
+    recorded one, the tables are empty.
     """
     module = recording.modules[call.path]
     names = {storage(t): name for name, t in [*module.named_parameters(), *module.named_buffers()]}
-    for training in (True, False):
-        try:
-            with in_mode(module.modules(), training):
-                arguments = repeat_batch(call.arguments) if training else call.arguments
-                original = _run_original(module, arguments, names)
-                traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
-                if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
-                    traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
-        except Refusal:
-            raise
-        except Exception as error:
-            if training and original_fails(module, call, names):
-                continue
-            raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
-        if original.result != traced.result:
-            raise Refusal(
-                f"the forward of {where} returns {_named(original.result)}, and a generated one would return "
-                f"{_named(traced.result)}"
-            )
-        alike = [op.kind for op in original.ops] == [op.kind for op in traced.ops]
-        if alike and [op.grad for op in original.ops] != [op.grad for op in traced.ops]:
-            raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
-        if original != traced:
-            mode = "train" if training else "eval"
-            raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
+    traced, interpreter = None, None
+    for others in (True, False):
+        done = _checked(recording, call, graph, where, names, flags, others)
+        traced, interpreter = done or (traced, interpreter)
+    if interpreter is not None:
+        _follow_in_place(graph, interpreter)
+    if traced is None or interpreter is None or any(flags.values()):
+        return {}, {}
     recorded = recording.ops[call.ops.start : call.ops.stop]
     if [op.kind for op in recorded] != [op.kind for op in traced.ops]:
         raise Refusal(f"the forward of {where} does not do the same twice")
     to_global = _value_table(call, recorded, traced.ops)
-    _follow_in_place(graph, interpreter)
     nodes = {to_global[value]: found for value, found in interpreter.nodes_of_value.items() if value in to_global}
     anchors = {recorded[i].index: node for i, node in enumerate(interpreter.node_of_op)}
     return nodes, anchors
+
+
+def _checked(
+    recording: Recording, call: Call, graph: fx.Graph, where: str, names: dict[int, str], flags: Setting, others: bool
+) -> tuple[_Stream, _LinkingInterpreter] | None:
+    """What the graph does, which is what the original does; None where the original cannot run in train mode."""
+    module = recording.modules[call.path]
+    training = others or any(flags.values())
+    with setting(module, flags, others):
+        arguments = repeat_batch(call.arguments) if training else call.arguments
+        try:
+            original = _run_original(module, arguments, names)
+            traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
+            if _restore_in_place(original.ops, traced.ops, interpreter.node_of_op):
+                traced, interpreter = _run_graph(module, graph, arguments, names, call, where)
+        except Refusal:
+            raise
+        except Exception as error:
+            if training and _original_fails(module, arguments, names):
+                return None
+            raise Refusal(f"the traced forward of {where} fails: {first_line(error)}") from error
+    if original.result != traced.result:
+        raise Refusal(
+            f"the forward of {where} returns {_named(original.result)}, and a generated one would return "
+            f"{_named(traced.result)}"
+        )
+    alike = [op.kind for op in original.ops] == [op.kind for op in traced.ops]
+    if alike and [op.grad for op in original.ops] != [op.grad for op in traced.ops]:
+        raise Refusal(f"the forward of {where} switches gradients on or off, which a generated forward would lose")
+    if original != traced:
+        mode = "train" if training else "eval"
+        raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
+    return traced, interpreter
 
 
 def _follow_in_place(graph: fx.Graph, interpreter: _LinkingInterpreter) -> None:
@@ -154,11 +170,10 @@ def _restore_in_place(original: list[Op], traced: list[Op], nodes: list[fx.Node]
     return restored
 
 
-def original_fails(module: nn.Module, call: Call, names: dict[int, str]) -> bool:
-    """Whether the original itself cannot run in train mode on the recorded shapes."""
+def _original_fails(module: nn.Module, arguments: Any, names: dict[int, str]) -> bool:
+    """Whether the original itself cannot run so."""
     try:
-        with in_mode(module.modules(), True):
-            _run_original(module, repeat_batch(call.arguments), names)
+        _run_original(module, arguments, names)
     except Exception:  # the user's own code, which may raise anything
         return True
     return False

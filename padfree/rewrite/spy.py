@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from padfree.rewrite.classes import quiet_subclass
 from padfree.rewrite.effects import SIMPLE, Watch
-from padfree.rewrite.forward import quiet_subclass
 
 Locked = tuple[tuple[str, Any], ...]
 

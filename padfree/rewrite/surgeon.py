@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from padfree.analysis.convolution import Conv
 from padfree.analysis.kinds import AVG_POOLS, data_input
@@ -17,8 +17,8 @@ from padfree.indices import OpId, ValueId
 from padfree.kernels import shortcut_pool
 from padfree.layers.spec import PoolProjectionSpec, Spec, StemTailSpec
 from padfree.record.recording import Call
-from padfree.rewrite.edit import BlockEdit
-from padfree.rewrite.forward import graph_source, original_class
+from padfree.rewrite.edit import BlockEdit, Places
+from padfree.rewrite.forward import Locked, access, graph_source, original_class
 from padfree.rewrite.operations import (
     AddChild,
     MoveChild,
@@ -31,7 +31,9 @@ from padfree.rewrite.operations import (
 )
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
+from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
+from padfree.rewrite.views import SEALED
 from padfree.rules.base import Shortcut
 from padfree.types import Options
 
@@ -86,7 +88,8 @@ class Surgeon:
 
     def _unpad(self, path: str, op: OpId, pad: OpId, source: ValueId, values: dict[str, Any]) -> None:
         recording = self._recording
-        if recording.ops[pad].call == recording.ops[op].call:
+        within = (call.index for call in recording.ancestors(recording.ops[pad].call))
+        if recording.ops[op].call in within:  # in its own forward, or a child that pads
             source_text, names, switches = plain_forward(recording, recording.calls[recording.ops[op].call], values)
             values.update(switches)
             if source_text:
@@ -197,7 +200,7 @@ class Surgeon:
 
     # -------------------------------------------------------------------------------------------
 
-    def _reading(self, edit: BlockEdit, source: ValueId, op: OpId) -> tuple[fx.Node, fx.Node]:
+    def _reading(self, edit: BlockEdit, source: ValueId, op: OpId) -> tuple[Places, Places]:
         """The node that runs an operation, and the one that it has `source` from.
 
         Raises:
@@ -221,13 +224,28 @@ class Surgeon:
         """Everything collected: attributes and children first, then forwards, then seals of ancestors."""
         found = list(self._operations)
         for path, edit in self._blocks.items():
-            graph = edit.traced.graph
-            graph.lint()
-            source, names = graph_source(graph)
+            locked = self._lasting(edit)
+            watches = any(is_watched(name) for name, _ in locked)
+            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags, watches)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
-            found.append(Reforward(path, source, names, edit.traced.locked))
+            ends = edit.ends()
+            found.append(Reforward(path, source, names, (*locked, (SEALED, ends)) if ends else locked))
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
         return tuple(found)
+
+    def _lasting(self, edit: BlockEdit) -> Locked:
+        """What was baked into a block, but what the conversion itself changes."""
+        below = f"{edit.traced.path}." if edit.traced.path else ""
+        changed = {
+            f"{access(operation.path.removeprefix(below))}.{name}"
+            for operation in self._operations
+            if isinstance(operation, SetAttributes) and operation.path.startswith(below)
+            for name, _ in operation.values
+        }
+        moved = [operation.origin for operation in self._operations if isinstance(operation, MoveChild)]
+        moved += [operation.path for operation in self._operations if isinstance(operation, ReplaceEnd)]
+        changed |= {access(path.removeprefix(below)) for path in moved if path.startswith(below)}
+        return tuple((text, value) for text, value in edit.traced.locked if not any(name in text for name in changed))
 
     def _seals(self, rewritten: set[str]) -> list[Operation]:
         """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""

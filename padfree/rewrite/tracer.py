@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import enum
 import inspect
+import operator
 import threading
+import types
+import typing
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,39 +25,59 @@ from torch import fx, nn
 
 from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
-from padfree.record.copies import in_mode
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
+from padfree.rewrite.asserts import asserted
 from padfree.rewrite.forward import is_rewritten
+from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
+from padfree.rewrite.reads import watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
 from padfree.rewrite.spy import Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
 
 
 @dataclass(frozen=True)
-class TracedBlock:
-    """A block's forward as a graph, tied to the recording.
+class Body:
+    """What a forward does in one setting of the modes that it asks, tied to the recording.
 
     Attributes:
-        path: the block's path. graph: its own forward, children as leaves.
+        graph: the forward, children as leaves.
         nodes: graph nodes by recorded value, in order. anchors: graph node by recorded operation.
-        locked: plain state baked into the graph, with its value where that is simple.
     """
 
-    path: str
     graph: fx.Graph
     nodes: dict[ValueId, list[fx.Node]]
     anchors: dict[OpId, fx.Node]
-    locked: Locked
 
-    def copied(self) -> TracedBlock:
+    def copied(self) -> Body:
         """The same with a graph of its own, to be edited."""
         graph = fx.Graph()
         table: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, table))
         nodes = {value: [table[node] for node in found] for value, found in self.nodes.items()}
         anchors = {op: table[node] for op, node in self.anchors.items() if node in table}
-        return TracedBlock(self.path, graph, nodes, anchors, self.locked)
+        return Body(graph, nodes, anchors)
+
+
+@dataclass(frozen=True)
+class TracedBlock:
+    """A block's forward as graphs, tied to the recording.
+
+    Attributes:
+        path: the block's path.
+        flags: paths below it of the modules whose `training` chooses the body; "" is the block itself.
+        bodies: one for each of `modes.settings_of(flags)`; the first is the recorded one.
+        locked: plain state baked into the graphs, with its value where that is simple.
+    """
+
+    path: str
+    flags: Flags
+    bodies: tuple[Body, ...]
+    locked: Locked
+
+    def copied(self) -> TracedBlock:
+        """The same with graphs of its own, to be edited."""
+        return TracedBlock(self.path, self.flags, tuple(body.copied() for body in self.bodies), self.locked)
 
 
 def trace_block(recording: Recording, call: Call) -> TracedBlock:
@@ -67,21 +90,36 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
     where = f"`{call.path}` ({type(module).__name__})" if call.path else f"the model itself ({type(module).__name__})"
     _check_kind(module, where)
     spy = Spy(module)
-    eval_graph, train_graph = (_trace(spy, call, training, where) for training in (False, True))
-    if str(eval_graph) != str(train_graph):
-        raise Refusal(f"the forward of {where} runs other code in training than in eval mode")
+
+    def traced(flags: Setting, others: bool) -> fx.Graph:
+        with setting(module, flags, others):
+            return _trace(spy, call, flags.get("", others), where)
+
+    flags = asked_flags(module, lambda flags, others: str(traced(flags, others)), where)
+    settings = settings_of(flags)
+    graphs = [traced(flags, False) for flags in settings]
     if call.path == "" and spy.methods:
         raise Refusal(
             f"the forward of {where} calls its own method `{sorted(spy.methods)[0]}`, which others would run "
             "unconverted; move the layers into a child module"
         )
-    for node in eval_graph.nodes:
-        if node.op == "get_attr" and not _resolves(module, str(node.target)):
-            raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
-    nodes, anchors = link(recording, call, eval_graph, where)
-    read_live = {str(node.target) for node in eval_graph.nodes if node.op == "get_attr"}
+    for graph in graphs:
+        for node in graph.nodes:
+            if node.op == "get_attr" and not _resolves(module, str(node.target)):
+                raise Refusal(f"the forward of {where} reads a tensor that is neither a parameter nor a buffer")
+    bodies: list[Body] = []
+    for graph, flags_now in zip(graphs, settings, strict=True):
+        nodes, anchors = link(recording, call, graph, where, flags_now)
+        if bodies:
+            pairs = align(bodies[0].graph, graph)
+            nodes = {value: [pairs[n] for n in found if n in pairs] for value, found in bodies[0].nodes.items()}
+            anchors = {op: pairs[node] for op, node in bodies[0].anchors.items() if node in pairs}
+        bodies.append(Body(graph, nodes, anchors))
+    read_live = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
     locked = tuple(item for item in spy.locked() if item[0] not in read_live)
-    return TracedBlock(call.path, eval_graph, nodes, anchors, locked)
+    locked += watched(module, {k: v for k, v in spy.reads.items() if k not in read_live}, called | read_live)
+    return TracedBlock(call.path, flags, tuple(bodies), locked)
 
 
 def _check_kind(module: nn.Module, where: str) -> None:
@@ -114,6 +152,17 @@ class BlockTracer(fx.Tracer):
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """What an `assert` wants `obj` to be: it stays asked, as `torch._assert`."""
+        frame = inspect.currentframe()
+        caller = frame and frame.f_back and frame.f_back.f_back  # of the proxy's own `__bool__`
+        wants = asserted(caller) if caller else None
+        if wants is None:
+            return super().to_bool(obj)
+        condition = obj if wants[0] else self.create_proxy("call_function", operator.not_, (obj,), {})
+        self.create_proxy("call_function", torch._assert, (condition, wants[1]), {})
+        return wants[0]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every child is a leaf."""
         return True
@@ -127,11 +176,15 @@ class BlockTracer(fx.Tracer):
         """
         args: list[Any] = [self.root]
         by_name: list[str] = []  # of keyword-only parameters
+        optional = False
         lists: list[tuple[Any, list[Any]]] = []  # what stands for a list of tensors, with its stand-in
         for parameter in list(inspect.signature(root_fn).parameters.values())[1:]:
-            default = () if parameter.default is parameter.empty else (parameter.default,)
-            proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             value = self.arguments[parameter.name]
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            if default == (None,) and holds_tensor((value,)) and not optional:
+                default = ()  # a tensor of TorchScript's has no default
+            optional = optional or bool(default)
+            proxy: Any = self.create_proxy("placeholder", parameter.name, default, {})
             if parameter.kind is parameter.KEYWORD_ONLY:
                 by_name.append(parameter.name)
             if isinstance(value, enum.Enum):
@@ -203,8 +256,7 @@ def expect_length(found: Any, expected: int, name: str) -> None:
 def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     for _ in range(TRIES):
         chance = random_states()
-        with in_mode(list(spy.module.modules())[1:], training):
-            graph = _trace_once(spy, call, training, where)
+        graph = _trace_once(spy, call, training, where)
         if random_states() == chance:
             return graph
     raise Refusal(f"the forward of {where} draws random numbers of its own")
@@ -238,9 +290,34 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
         raise Refusal(f"the forward of {where} writes its own attribute `{writes[0]}`")
     if changed := spy.watch.changed():
         raise Refusal(f"the forward of {where} writes into {changed[0]}")
-    for node in graph.nodes:
-        node.type = None  # annotations may name what only the block's own file imports
+    hints = _types(spy.module)
+    for node in graph.nodes:  # annotations may name what only the block's own file imports
+        hint = hints.get(node.target) if node.op == "placeholder" else None
+        given = holds_tensor((tracer.arguments.get(node.target),)) and not node.args
+        node.type = _without_none(hint) if given else hint
     return graph
+
+
+def _types(module: nn.Module) -> dict[str, Any]:
+    """The types of a forward's parameters that are made of tensors, numbers and `typing`: TorchScript needs them."""
+    try:
+        hints = typing.get_type_hints(type(module).forward)
+    except Exception:  # they name what only type checkers see
+        return {}
+    return {name: hint for name, hint in hints.items() if _is_plain(hint)}
+
+
+def _without_none(hint: Any) -> Any:
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(parts) == 1
+    return parts[0] if optional else hint
+
+
+def _is_plain(hint: Any) -> bool:
+    parts = typing.get_args(hint)
+    if not parts:
+        return hint in (torch.Tensor, int, float, bool, str, type(None))
+    return typing.get_origin(hint) in (list, tuple, dict, typing.Union, types.UnionType) and all(map(_is_plain, parts))
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:

@@ -124,8 +124,9 @@ def _check_training(
         raise Refusal(f"in train mode {refusal}") from refusal
 
 
-def _settings(module: nn.Module) -> list[Any]:
-    return [getattr(module, name, None) for name in ("stride", "padding", "kernel_size")]
+def _settings(module: nn.Module) -> list[str]:
+    values = [vars(module).get(name) for name in ("stride", "padding", "kernel_size")]
+    return [repr(value) if isinstance(value, (int, str, tuple, list)) else "" for value in values]
 
 
 def _counts(recording: Recording) -> bool:

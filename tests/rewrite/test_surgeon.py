@@ -181,7 +181,6 @@ def test_2_plain_tensors_are_read_when_called() -> None:
     assert_close(made(images()), expected_scaled(made, 3))
 
 
-@pytest.mark.xfail(strict=True, reason="plain state of a child that the block's forward reads is baked unlocked")
 def test_2_plain_state_of_a_child_is_not_baked_unseen() -> None:
     class Drops(Unit):
         def __init__(self) -> None:

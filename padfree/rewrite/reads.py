@@ -1,0 +1,201 @@
+"""What a forward reads through other objects: `self.cfg.scale`, a class attribute, a global, the layers of a list.
+
+A trace bakes these values into its graph. They are found by the words that the forward, and what it calls, are written
+with: attributes, globals and closed-over variables that its code names, keys and indices that it may use. A generated
+forward compares them with what they were whenever it is called (not under TorchScript, which bakes them itself).
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import inspect
+import itertools
+import sys
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from padfree.rewrite.forward import Locked, access
+from padfree.rewrite.stale import FOREIGN, own_function
+
+STEPS = 2  # from an attribute on: `self.cfg.model.scale`
+_LONGEST = 64  # elements of a list that are looked at one by one
+_LEAVES = (bool, int, float, str, type(None), enum.Enum, torch.dtype, torch.device)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_WALKS = frozenset({"items", "values", "keys"})
+
+
+@dataclass
+class _Words:
+    """What the code of a forward, and of the functions it calls, is written with."""
+
+    attributes: set[str] = field(default_factory=set)
+    keys: set[Any] = field(default_factory=set)
+    variables: dict[str, tuple[str, Any]] = field(default_factory=dict)  # Python text that reads it, by that text
+
+
+def watched(module: nn.Module, reads: Mapping[str, Any], called: set[str]) -> Locked:
+    """Python text that reads each value baked into a trace of `module`, with the value.
+
+    Args:
+        module: whose forward was traced.
+        reads: its own attributes that the forward read.
+        called: targets of the calls and tensors in the trace, by path.
+    """
+    words = _words(type(module))
+    words.keys |= {value for value in reads.values() if type(value) in (str, int)}
+    own = {id(inner): path for path, inner in module.named_modules()}
+    found: dict[str, Any] = {}
+    for name, value in reads.items():
+        of_class = name not in module.__dict__  # past the lock
+        if name.isidentifier() and (hasattr(type(module), name) if of_class else not isinstance(value, _LEAVES)):
+            found |= _leaves(f"self.{name}", value, words, STEPS, own)
+    for text, value in words.variables.values():
+        found |= _leaves(text, value, words, STEPS, own)
+    for path, child in module.named_modules():
+        if path and path.partition(".")[0] in words.attributes and path.count(".") < STEPS:
+            found |= _layers(path, child, words, called)
+            if isinstance(child, nn.Module) and not isinstance(child, torch.jit.ScriptModule):
+                found |= _attributes(access(path), child, words, 0, own)
+    return tuple(sorted(found.items()))
+
+
+def _layers(path: str, child: nn.Module, words: _Words, called: set[str]) -> dict[str, Any]:
+    """The length of a container that the forward takes apart, its keys where it walks over them."""
+    names = path.split(".")
+    inside = any(".".join(names[: depth + 1]) in called for depth in range(len(names)))  # a child's own business
+    if not isinstance(child, _CONTAINERS) or inside:
+        return {}
+    text = access(path)
+    if isinstance(child, nn.ModuleDict):
+        by_key = set(child.keys()) <= words.keys and not (_WALKS & words.attributes)
+        return {} if by_key else {f"tuple({text}.keys())": tuple(child.keys())}
+    return {f"len({text})": len(child)}
+
+
+def _leaves(text: str, value: Any, words: _Words, steps: int, own: dict[int, str]) -> dict[str, Any]:
+    """Plain values that `value` is, or leads to in so many steps, by the text that reads them."""
+    if isinstance(value, _LEAVES):
+        return {text: value} if value == value else {}  # NaN equals nothing
+    if isinstance(value, (torch.Tensor, torch.jit.ScriptModule, types.FunctionType, types.BuiltinFunctionType)):
+        return {}
+    if isinstance(value, (set, frozenset)):
+        return {text: frozenset(value)} if all(isinstance(item, _LEAVES) for item in value) else {}
+    if isinstance(value, (list, tuple, deque)):
+        found: dict[str, Any] = {f"len({text})": len(value)}
+        for index, item in enumerate(itertools.islice(value, _LONGEST if steps else 0)):
+            found |= _leaves(f"{text}[{index}]", item, words, steps - 1, own)
+        return found
+    if isinstance(value, (dict, Mapping)) or (callable(getattr(value, "keys", None)) and not isinstance(value, type)):
+        return _items(text, value, words, steps, own) | _attributes(text, value, words, steps, own)
+    found = _attributes(text, value, words, steps, own)
+    return found | {f"({text} is {access(own[id(value)])})": True} if own.get(id(value)) else found
+
+
+def _items(text: str, value: Any, words: _Words, steps: int, own: dict[int, str]) -> dict[str, Any]:
+    keys = [key for key in value.keys() if type(key) in (str, int, bool)]  # noqa: SIM118 - not every mapping is one
+    named = [key for key in keys if key in words.keys]
+    walked = bool(_WALKS & words.attributes) or (not named and type(value) is dict)
+    found: dict[str, Any] = {f"len({text})": len(keys)} if walked and len(keys) == len(value) else {}
+    for key in (keys if walked else named)[:_LONGEST] if steps else ():
+        found |= _leaves(f"{text}[{key!r}]", value[key], words, steps - 1, own)
+    return found
+
+
+def _attributes(text: str, value: Any, words: _Words, steps: int, own: dict[int, str]) -> dict[str, Any]:
+    foreign = type(value).__module__.partition(".")[0] in FOREIGN and not isinstance(value, (type, types.ModuleType))
+    if foreign and not isinstance(getattr(value, "__dict__", None), dict):
+        return {}
+    found: dict[str, Any] = {}
+    for name in sorted(words.attributes):
+        if name.startswith("__") or (name == "training" and id(value) in own):
+            continue
+        held = _held(value, name)
+        if isinstance(held, _LEAVES) or (steps and not isinstance(held, (nn.Module, type)) and held is not _NOTHING):
+            found |= _leaves(f"{text}.{name}", held, words, steps - 1, own)
+    return found
+
+
+_NOTHING = object()
+
+
+def _held(value: Any, name: str) -> Any:
+    """An attribute of an object, where it is state and no method."""
+    if isinstance(value, (type, types.ModuleType)):
+        held = (
+            vars(value).get(name, _NOTHING) if isinstance(value, types.ModuleType) else getattr(value, name, _NOTHING)
+        )
+    elif isinstance(value, nn.Module):
+        held = value.__dict__.get(name, inspect.getattr_static(type(value), name, _NOTHING))
+    else:
+        try:
+            held = getattr(value, name, _NOTHING)
+        except Exception:  # a property of the user's, which may raise anything: then the forward does not read it
+            return _NOTHING
+    return _NOTHING if callable(held) or hasattr(type(held), "__get__") else held
+
+
+def _words(kind: type) -> _Words:
+    words = _Words()
+    waiting: list[Any] = [inspect.getattr_static(kind, "forward", None)]
+    seen: set[int] = set()
+    while waiting:
+        function = own_function(waiting.pop())
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        for code in _codes(function.__code__):
+            words.keys |= {const for const in code.co_consts if type(const) in (str, int)}
+            for const in code.co_consts:  # `("a", "b")` to walk over
+                words.keys |= set(const) if isinstance(const, tuple) and all(map(_is_key, const)) else set()
+            for step in dis.get_instructions(code):
+                if step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+                    words.attributes.add(step.argval)
+                    waiting.append(inspect.getattr_static(kind, step.argval, None))
+                elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                    waiting.append(_global(words, function, step.argval))
+        for name, value in _closed(function):
+            words.variables[f"{function.__qualname__}:{name}"] = (f"padfree_cells[{name!r}].cell_contents", value)
+            waiting.append(value)
+    return words
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) in (str, int)
+
+
+def _global(words: _Words, function: types.FunctionType, name: str) -> Any:
+    """Notes a global that can be read by its module's name; what it holds."""
+    value = function.__globals__.get(name, _NOTHING)
+    module = str(function.__globals__.get("__name__"))
+    if value is _NOTHING or isinstance(value, types.FunctionType) or module.partition(".")[0] in FOREIGN:
+        return value
+    if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] in FOREIGN:
+        return None
+    if isinstance(value, type) and (issubclass(value, enum.Enum) or value.__module__.partition(".")[0] in FOREIGN):
+        return None
+    if vars(sys.modules.get(module, types.ModuleType(""))) is function.__globals__:
+        words.variables[f"{module}:{name}"] = (f"padfree_modules[{module!r}].{name}", value)
+    return None
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _closed(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            if name != "__class__":
+                yield name, cell.cell_contents
+        except ValueError:  # not filled yet
+            continue

@@ -1,0 +1,76 @@
+"""A generated forward looks, whenever it is called, whether what was baked into it still is what it was."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+import types
+from typing import Any
+
+from torch import nn
+
+from padfree.errors import LockedStateError
+from padfree.rewrite.views import SEALED
+from padfree.types import NEW
+
+CHECK = f"{NEW}check"
+FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "padfree"}  # packages whose state is not the user's
+_MODULES = re.compile(r"^(?:len\(|tuple\()?padfree_modules\['([\w.]+)'\]")
+
+
+def is_watched(name: str) -> bool:
+    """Whether an entry of what is locked is Python text to evaluate, and not the name of an attribute."""
+    return not name.isidentifier() and name != SEALED
+
+
+def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:
+    """The method that compares; none where nothing is watched.
+
+    Args:
+        base: the block's original class.
+        locked: values by attribute name, or by the Python text that reads them: `self.cfg.scale`.
+    """
+    texts = [name for name in locked if is_watched(name)]
+    if not texts:
+        return {}
+    found = filter(None, map(_MODULES.match, texts))
+    namespace: dict[str, Any] = {
+        "padfree_modules": {match[1]: importlib.import_module(match[1]) for match in found},
+        "padfree_cells": _cells(base) if any("padfree_cells" in text for text in texts) else {},
+        "padfree_values": tuple(locked[text] for text in texts),
+        "padfree_stale": _stale,
+    }
+    lines = [f"def {CHECK}(self):"]
+    for index, text in enumerate(texts):
+        value = f"padfree_values[{index}]"
+        lines += [f"    if {text} != {value}:", f"        padfree_stale(self, {text!r}, {value}, {text})"]
+    exec("\n".join(lines), namespace)  # our own text, from the names that a forward is written with
+    return {CHECK: namespace[CHECK]}
+
+
+def _stale(module: nn.Module, text: str, was: Any, now: Any) -> None:
+    text = text.replace("padfree_modules", "sys.modules").replace("padfree_cells", "closure")
+    raise LockedStateError(
+        f"`{text}` is baked into the converted forward of {type(module).__name__} as {was!r} and is {now!r} now; "
+        "set it back, or change it on the original model and convert again"
+    )
+
+
+def own_function(value: Any) -> types.FunctionType | None:
+    """The function behind a method, a property, ... if it is a user's."""
+    for name in ("fget", "__func__", "func", "__wrapped__"):
+        value = getattr(value, name, value)
+    ours = isinstance(value, types.FunctionType) and str(value.__module__).partition(".")[0] not in FOREIGN
+    return value if ours else None
+
+
+def _cells(kind: type) -> dict[str, Any]:
+    """The closed-over variables of a class's functions, as cells by name."""
+    found: dict[str, Any] = {}
+    for owner in kind.__mro__:
+        for value in vars(owner).values():
+            function = own_function(value)
+            if function is not None:
+                found = {**dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)), **found}
+    return found
