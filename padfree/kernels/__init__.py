@@ -21,6 +21,7 @@ from padfree.kernels.pool import backward_meaning, max_pool, shortcut_pool, taps
 
 __all__ = [
     "DECOMPOSITIONS",
+    "POOLS",
     "activation",
     "available",
     "chain",
@@ -36,3 +37,6 @@ DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
     torch.ops.padfree.max_pool_taps.default: taps_meaning,
     torch.ops.padfree.max_pool_backward.default: backward_meaning,
 }
+
+POOLS = frozenset({torch.ops.padfree.max_pool_values.default, torch.ops.padfree.max_pool_taps.default})
+"""Those of them that take (x, kernel, stride, padding), as `F.max_pool2d` does."""

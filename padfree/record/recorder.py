@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.indices import CallId, OpId, ValueId
-from padfree.kernels import DECOMPOSITIONS
+from padfree.kernels import DECOMPOSITIONS, POOLS
 from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
 
 NO_OP = OpId(-1)
@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DECOMPOSITIONS:  # rules know what our operators mean, and not the operators
+        if func in DECOMPOSITIONS and func not in POOLS:  # rules know what our operators mean, and not the operators
             with self:
                 return DECOMPOSITIONS[func](*args, **kwargs)
         given = tensors((args, kwargs))
@@ -100,7 +100,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             self.written.update(self._names.get(storage(tensor), "") for tensor in given)
         refs = [self.value(tensor) for tensor in given]
-        frozen = freeze((args, kwargs), self.value)
+        kind, described = _kind(func), (args, kwargs)
+        if func in POOLS:  # torch's max-pool, by whichever operator
+            kind, described = "max_pool2d_with_indices", ((args[0], *((side, side) for side in args[1:])), {})
+        frozen = freeze(described, self.value)
         result = _quick_meta(func, args) if given and given[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
@@ -115,7 +118,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         index = OpId(len(self.ops))
         made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
         grad, foreign = torch.is_grad_enabled(), func.namespace not in _OWN
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], grad, foreign))
+        self.ops.append(Op(index, kind, frozen, tuple(live), made, self.stack[-1], grad, foreign))
         return result
 
 
