@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -20,6 +21,7 @@ from padfree.analysis.kinds import (
     plain_kind,
 )
 from padfree.analysis.maps import Maps
+from padfree.record.copies import in_mode
 from padfree.record.recorder import Op, Recorder
 from padfree.record.recording import Call
 from padfree.record.trees import Ref
@@ -91,16 +93,13 @@ class Flow(Maps):
         return table
 
     def _acts_in_training(self, call: Call) -> bool:
-        module = self.recording.modules[call.path]
+        module = copy.deepcopy(self.recording.modules[call.path])  # without weights; its mode is nobody else's
         args, kwargs = call.arguments
-        module.train()
         try:
-            with torch.random.fork_rng(devices=[]), Recorder() as recorder:
+            with in_mode(module.modules(), True), torch.random.fork_rng(devices=[]), Recorder() as recorder:
                 type(module).forward(module, *args, **kwargs)
         except Exception:  # whatever it does in training, it is more than to pass a value on
             return True
-        finally:
-            module.eval()
         return bool(recorder.ops)
 
     def _scales_channels(self, op: Op) -> bool:
