@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -93,7 +94,7 @@ class Flow(Maps):
         return table
 
     def _acts_in_training(self, call: Call) -> bool:
-        module = self.recording.modules[call.path]
+        module = copy.deepcopy(self.recording.modules[call.path])  # without weights; its mode is nobody else's
         args, kwargs = call.arguments
         try:
             with in_mode(module.modules(), True), torch.random.fork_rng(devices=[]), Recorder() as recorder:

@@ -163,13 +163,16 @@ class Sites:
         members, source, value = self._split_parts(conv)
         if len(members) == 1:
             members, value = self._summed(conv)
-        convs = sorted((m for m in members if m.kernel != (1, 1)), key=lambda m: (-m.spans[0], m.op))
+        width = flow.values[value].shape[1]
+        convs = sorted(
+            (m for m in members if m.kernel != (1, 1)), key=lambda m: (-m.spans[0], m.out_channels != width, m.op)
+        )
         points = tuple(m for m in members if m.kernel == (1, 1))
         paired: tuple[Conv, ...] = ()
         if len(members) == 1 and conv.depthwise:
             paired = self._paired(conv)
             source = paired[0].source if paired else source
-        dense = bool(paired) or not conv.depthwise
+        dense = bool(paired) or not (convs or members)[0].depthwise
         shortcut = self._is_shortcut(source, value)
         chain = flow.chain(value)
         if not chain.norm_path and len(members) > 1:  # the branches have norms of their own
@@ -198,6 +201,8 @@ class Sites:
         value = conv.out
         while True:
             after = flow.linear_step(value)
+            if after is None and value == conv.out:
+                after = self._adapted(conv)
             if after is not None:
                 value = after
                 continue
@@ -211,6 +216,13 @@ class Sites:
             members += branch
             value = best = op.outputs[0]
 
+    def _adapted(self, conv: Conv) -> ValueId | None:
+        """What a 1x1 conv makes of a dense conv that nothing else reads: the two are an adapter of low rank."""
+        op = self.flow.sole_consumer(conv.out)
+        point = None if op is None else self.convs.get(op.index)
+        low = point is not None and point.pointwise and point.stride == (1, 1) and point.groups == 1
+        return point.out if point is not None and low and conv.groups == 1 else None
+
     def _branch(self, value: ValueId, source: ValueId) -> list[Conv] | None:
         """The convs of a sum of linear one-conv branches that lead from `source` to `value`, else None."""
         flow = self.flow
@@ -219,6 +231,9 @@ class Sites:
             return None
         if op.index in self.convs:
             conv = self.convs[op.index]
+            inner = self.conv_making(conv.source)
+            if inner is not None and inner.kernel != (1, 1) and self._adapted(inner) == value:
+                conv = inner
             return [conv] if conv.source == source and conv.stride == (2, 2) else None
         if self._is_linear(op):
             return self._branch(op.inputs[0], source)

@@ -125,3 +125,9 @@ def check_model(model: Any) -> None:
         packed = "_packed_params" in module.__dict__ or "_packed_params" in module._modules
         if packed or type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise PadfreeError(f"`{name}` is quantized; convert the float model, then quantize it")
+        if any(base.__name__ in ("ObserverBase", "FakeQuantizeBase") for base in type(module).__mro__):
+            raise PadfreeError(
+                f"`{name}` observes or imitates int8: the model is prepared for quantization, and a shortcut added now "
+                "would have no observer; convert the float model, then prepare it (with "
+                "torch.ao.quantization.quantize_fx.prepare_fx or prepare_qat_fx, which also quantize sums)"
+            )

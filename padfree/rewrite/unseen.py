@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,50 +13,51 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_UNSEEN = (  # what operations on meta tensors show no trace of, and a generated forward would lose
-    (torch.autocast, "__enter__", "switches autocast on or off"),
-    (torch.autograd.graph.saved_tensors_hooks, "__enter__", "decides what is kept for the backward pass"),
-    (torch.autograd.Function, "apply", "calls an autograd function, whose backward is its own"),
-    (torch.profiler.record_function, "__enter__", "marks a stretch for the profiler"),
-    (torch, "is_grad_enabled", "asks whether gradients are on"),
-    (torch, "is_inference_mode_enabled", "asks whether inference mode is on"),
-    (torch, "is_autocast_enabled", "asks whether autocast is on"),
-)
+_ENTERED = {  # functions of torch, by their code, that a generated forward would not call
+    torch.autocast.__enter__.__code__: "switches autocast on or off",
+    torch.autograd.graph.saved_tensors_hooks.__enter__.__code__: "decides what is kept for the backward pass",
+    torch.profiler.record_function.__enter__.__code__: "marks a stretch for the profiler",
+}
+_OWN_BACKWARD = "calls an autograd function, whose backward is its own"
+if hasattr(torch.autograd.Function.apply, "__func__"):  # Python in older versions of torch, C in newer ones
+    _ENTERED[torch.autograd.Function.apply.__func__.__code__] = _OWN_BACKWARD
+_ASKED = {  # what the answer to is baked
+    torch.is_grad_enabled: "asks whether gradients are on",
+    torch.is_inference_mode_enabled: "asks whether inference mode is on",
+    torch.is_autocast_enabled: "asks whether autocast is on",
+}
 
 
 @contextmanager
 def noting_unseen() -> Iterator[list[str]]:
-    """Collects which of `_UNSEEN` are called meanwhile by this thread."""
+    """Collects which of these this thread calls meanwhile; nothing of torch is replaced for it.
+
+    Python tells of each call (`sys.setprofile`, which is a thread's own); a profiler that runs is paused.
+    """
     noted: list[str] = []
-    here = threading.get_ident()
 
-    def noting(owner: Any, found: Any, does: str) -> Any:
-        by_class = isinstance(found, (classmethod, types.ClassMethodDescriptorType))
+    def called(frame: types.FrameType, event: str, function: Any) -> None:
+        if event == "call" and frame.f_code in _ENTERED:
+            noted.append(_ENTERED[frame.f_code])
+        elif event == "c_call" and isinstance(function, types.BuiltinFunctionType):
+            owner = function.__self__
+            if function.__name__ == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+                noted.append(_OWN_BACKWARD)
+            library = str(frame.f_globals.get("__name__")).startswith(("torch.", "padfree."))
+            if not library and function in _ASKED:
+                noted.append(_ASKED[function])
 
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            library = str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "padfree."))
-            if threading.get_ident() == here and not library:
-                noted.append(does)
-            return found(*args, **kwargs)
-
-        if isinstance(owner, types.ModuleType):
-            return asked
-
-        def note(owner: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == here:
-                noted.append(does)
-            return found.__get__(None, owner)(*args, **kwargs) if by_class else found(owner, *args, **kwargs)
-
-        return classmethod(note) if by_class else note
-
-    usual = [(owner, name, vars(owner)[name]) for owner, name, _ in _UNSEEN]
-    for owner, name, does in _UNSEEN:
-        setattr(owner, name, noting(owner, vars(owner)[name], does))
+    usual: Any = sys.getprofile()
+    pause, resume = (getattr(usual, name, None) for name in ("disable", "enable"))  # of cProfile
+    if pause and resume:
+        pause()
+    sys.setprofile(called)
     try:
         yield noted
     finally:
-        for owner, name, found in usual:
-            setattr(owner, name, found)
+        sys.setprofile(None if pause and resume else usual)
+        if pause and resume:
+            resume()
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

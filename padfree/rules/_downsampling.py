@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from padfree.analysis.convolution import Conv, Site
@@ -79,6 +80,9 @@ def out_of_scope(sites: Sites, conv: Conv) -> str:
 def trouble(sites: Sites, conv: Conv) -> str:
     """Why a strided convolution cannot be rewritten, or ""."""
     found = conv.trouble()
+    inner = sites.recording.modules[conv.path].children() if not conv.is_module else ()
+    if any(isinstance(child, torch.jit.ScriptModule) for child in inner):
+        return "it lies in a TorchScript module, or beside one; convert the Python model, then script it"
     if found:
         return found
     calls = len(sites.recording.calls_of.get(conv.path, ()))

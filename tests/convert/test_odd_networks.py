@@ -373,15 +373,6 @@ class Marking(Unit):
             return super().forward(x)
 
 
-class Keyword(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.parts = nn.ModuleDict({"global": Unit().conv})
-
-    def forward(self, x):
-        return self.parts["global"](x)
-
-
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
@@ -390,7 +381,6 @@ class Keyword(nn.Module):
         (Asking, "asks whether gradients are on"),
         (AskingForAutocast, "asks whether autocast is on"),
         (Marking, "marks a stretch for the profiler"),
-        (Keyword, "`global` is a word of Python's own"),
     ],
 )
 def test_forwards_that_a_graph_cannot_repeat(kind, words):
