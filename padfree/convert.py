@@ -1,6 +1,6 @@
 """`plan` and `convert`: the whole story on one screen.
 
-record -> match -> group -> try on weightless copies -> carry out on the model (`padfree.plan.planning`).
+record -> match -> group -> try on weightless copies, once for real -> carry out on the model (`padfree.plan.planning`).
 """
 
 from __future__ import annotations
@@ -71,13 +71,14 @@ def plan(
     exclude: Patterns = None,
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
+    check: bool = True,
 ) -> Plan:
     """What `convert` with the same arguments would do; the model stays untouched.
 
     Raises:
         PadfreeError: a wrong argument, or a model that cannot be looked through.
     """
-    request = Request.of(rules, include, exclude, options, input_size)
+    request = Request.of(rules, include, exclude, options, input_size, check)
     return _written(model, request, prepare(model, request))
 
 
@@ -90,6 +91,7 @@ def convert(
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
     inplace: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Rewrite a network into its padding-free form (paper.md, Rewrites).
 
@@ -101,6 +103,9 @@ def convert(
         options: how the rules rewrite.
         input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
         inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
+        check: run a converted copy once for real, on one image of that size in eval mode on the model's own device:
+            operators of other libraries may fail on maps that their meta kernels accept. Models on the meta
+            device are not run.
 
     Returns:
         the converted network; `model` itself if it was converted before and nothing is left to do.
@@ -109,7 +114,7 @@ def convert(
         NothingToConvertError: nothing matches, saying what was looked at.
         PadfreeError: the model or an argument is refused, with the reason.
     """
-    request = Request.of(rules, include, exclude, options, input_size)
+    request = Request.of(rules, include, exclude, options, input_size, check)
     prepared = prepare(model, request)
     if not prepared.matches:
         if is_converted(model):
@@ -130,8 +135,15 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def _written(model: nn.Module, request: Request, prepared: Prepared) -> Plan:
-    earlier = model.__dict__.get("padfree_plan")
-    return Plan(type(model).__name__, prepared.input_size, request.options, prepared.matches, prepared.skips, earlier)
+    return Plan(
+        model=type(model).__name__,
+        input_size=prepared.input_size,
+        options=request.options,
+        matches=prepared.matches,
+        skips=prepared.skips,
+        earlier=model.__dict__.get("padfree_plan"),
+        outputs=prepared.outputs,
+    )
 
 
 def _carry_out(model: nn.Module, operations: Iterable[Operation], made: Plan, inplace: bool) -> nn.Module:

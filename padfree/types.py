@@ -30,7 +30,8 @@ class Options:
             and reduced padding; GhostNet).
         projection: what a strided 1x1 shortcut becomes: "depthwise" or "dense" (WRN-40-3).
         stem_residual: add the stem's output back after the hybrid tail (ResNets and WRNs).
-        allow_resize: accept pads, interpolations and rolls that the original did not make.
+        allow_resize: accept pads, crops, interpolations and rolls that the original did not make, and returned
+            maps that lose the image's sides.
     """
 
     merge: Literal["activation", "norm", "conv"] = "activation"
@@ -160,6 +161,31 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Returned:
+    """A map that the model returns: its whole shape, before and after.
+
+    Attributes:
+        name: where it lies in what the model returns: "out", "1", "features.0"; "" if it is all of it.
+    """
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'output':<10} {self.name + ': ' if self.name else ''}{self.sizes(' becomes ')}"
+
+    def sizes(self, between: str) -> str:
+        """Its sides before and after, without batch and channels; once where they stay."""
+        before, after = (size_text(shape[2:]) for shape in (self.before, self.after))
+        return before + between + after if before != after else before
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {"name": self.name, "before": list(self.before), "after": list(self.after)}
+
+
+@dataclass(frozen=True)
 class PlanData:
     """What will be done to a model: the data of a plan (`padfree.Plan` adds `apply`).
 
@@ -170,6 +196,7 @@ class PlanData:
         matches: what will be rewritten.
         skips: what is left alone, and why.
         earlier: the plan that was applied to the model before (it had been converted in part).
+        outputs: the maps that the model returns; empty in plans of earlier versions.
     """
 
     model: str
@@ -178,6 +205,7 @@ class PlanData:
     matches: tuple[Match, ...]
     skips: tuple[Skip, ...]
     earlier: PlanData | None = None
+    outputs: tuple[Returned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `padfree.Plan.from_dict` reads it back equal."""
@@ -189,13 +217,14 @@ class PlanData:
             "matches": [match.to_dict() for match in self.matches],
             "skips": [skip.to_dict() for skip in self.skips],
             "earlier": None if self.earlier is None else self.earlier.to_dict(),
+            "outputs": [output.to_dict() for output in self.outputs],
         }
 
     def __str__(self) -> str:
         size = size_text(self.input_size)
         lines = [f"plan for {self.model} at {size}: {len(self.matches)} matches, {len(self.skips)} skips"]
         lines += [f"  {match}" for match in self.matches]
-        lines += [f"  {skip}" for skip in self.skips]
+        lines += [f"  {item}" for item in (*self.skips, *self.outputs)]
         return "\n".join(lines)
 
 

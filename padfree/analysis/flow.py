@@ -255,3 +255,18 @@ class Flow(Maps):
             if self.is_map(source) and self.is_map(out) and self.size(source) != self.size(out):
                 table.setdefault(self.domain(out), []).append(op)
         return table
+
+    @functools.cached_property
+    def pinned(self) -> dict[int, Op]:
+        """By domain, an operator of another library that reads a map of it beside a larger one.
+
+        Nothing says how the sizes of the two must fit, so neither may change alone.
+        """
+        table: dict[int, Op] = {}
+        for op in self.ops:
+            maps = [value for value in op.inputs if self.is_map(value)] if op.foreign else []
+            largest = max((self.size(value) for value in maps), default=(0, 0))
+            for value in maps:
+                if self.size(value) not in (largest, (1, 1)):
+                    table.setdefault(self.domain(value), op)
+        return table

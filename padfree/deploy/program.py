@@ -19,6 +19,7 @@ from padfree.deploy.guards import allow_single_pixels
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
 from padfree.geometry import size_text
+from padfree.kernels import DECOMPOSITIONS
 from padfree.record.inputs import check_input_size, default_input_size, random_images
 from padfree.record.trees import first_line
 
@@ -93,6 +94,9 @@ def exported(
             program = torch.export.export(model, (example,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise PadfreeError(_export_failure(model, error, size, dynamic_sides)) from error
+    if any(node.target in DECOMPOSITIONS for node in program.graph.nodes):  # files are read where padfree is not
+        with quietly(), _small_maps():
+            program = program.run_decompositions(DECOMPOSITIONS)
     return program, size
 
 

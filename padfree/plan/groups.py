@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from padfree.analysis.kinds import data_input, strides
 from padfree.analysis.sites import Sites
-from padfree.geometry import padfree_size
+from padfree.geometry import padfree_size, size_text
 from padfree.indices import DomainId
 from padfree.plan.patterns import Exactly, Key, Named
 from padfree.record.recorder import Op
@@ -44,11 +44,12 @@ def find(
     found: list[Match] = []
     skips: list[Skip] = []
     for rule in dict.fromkeys((*selected, *default_rules())):
-        for item in rule.match(sites, options):
-            if isinstance(item, Match):
-                found.append(item)
-            elif rule in selected:
-                skips.append(item)
+        items = list(rule.match(sites, options))
+        matches = [item for item in items if isinstance(item, Match)]
+        if rule.earlier is not None and isinstance(places, Exactly):
+            matches = places.as_planned(matches, rule.earlier(sites, options))
+        found += matches
+        skips += [item for item in items if isinstance(item, Skip) and rule in selected]
     wanted = places.wanted(found, skips)
     in_use = {rule.name for rule in selected}
     left = {
@@ -89,7 +90,17 @@ def _whole(
         if op.index not in covered and not _shrinks_alike(sites, op):
             path, why = _entry_reason(sites, op, skips)
             return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
+    if domain in sites.flow.pinned:
+        return [(kept, _pinned_reason(sites, domain))]
     return [(kept, "")]
+
+
+def _pinned_reason(sites: Sites, domain: DomainId) -> str:
+    op = sites.flow.pinned[domain]
+    path = sites.recording.calls[op.call].path if op.call >= 0 else ""
+    where = f"`{path}`" if path else "the model's own forward"
+    sizes = " and ".join(size_text(sites.flow.size(value)) for value in op.inputs if sites.flow.is_map(value))
+    return f"in {where} {op.kind} reads maps of {sizes}, and nothing says how their sizes must fit"
 
 
 def _shrinks_alike(sites: Sites, op: Op) -> bool:

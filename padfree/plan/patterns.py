@@ -40,12 +40,19 @@ class Named:
 class Exactly:
     """The places of a plan."""
 
-    keys: frozenset[Key]
+    matches: tuple[Match, ...]
     unwanted = "is not in the plan, or is another operation there"
 
     def wanted(self, matches: Iterable[Match], skips: Iterable[Skip]) -> frozenset[Key]:
         """The keys of the matches that are wanted."""
-        return self.keys
+        return frozenset(match.key for match in self.matches)
+
+    def as_planned(self, found: list[Match], earlier: Iterable[Match | Skip]) -> list[Match]:
+        """What a rule finds now, and instead what it found in earlier versions where the plan says that."""
+        planned = {match.key: (match.block, match.detail) for match in self.matches}
+        older = [match for match in earlier if isinstance(match, Match)]
+        said = {match.key: match for match in older if planned.get(match.key) == (match.block, match.detail)}
+        return [*(match for match in found if match.key not in said), *said.values()]
 
 
 def chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,16 +25,20 @@ from padfree.rewrite.effects import kept_globals
 from padfree.rewrite.operations import Operation
 from padfree.rules.base import Rule, registered
 from padfree.rules.base import rules as get_rules
-from padfree.types import Match, Options, PlanData, Skip
+from padfree.types import Match, Options, PlanData, Returned, Skip
+from padfree.verify.real import real_run
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
 
 
 @contextmanager
-def looking_at(model: nn.Module) -> Iterator[None]:
-    """Leave no trace of looking at a model: in random generators, in its classes' globals, in other threads."""
-    with _one_at_a_time, kept_random_state(), kept_globals(model):
-        yield
+def looking_at(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave no trace of looking at a model: in random generators, in its classes' globals, in other threads.
+
+    Yields what puts those globals back at once.
+    """
+    with _one_at_a_time, kept_random_state(), kept_globals(model) as put_back:
+        yield put_back
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Request:
     options: Options
     input_size: tuple[int, ...] | None
     places: Named | Exactly
+    check: bool = False  # run a converted copy once on real tensors
 
     @staticmethod
     def of(
@@ -53,6 +58,7 @@ class Request:
         exclude: Patterns,
         options: Options | None,
         input_size: tuple[int, ...] | None,
+        check: bool = True,
     ) -> Request:
         """From the arguments of `plan` and `convert`.
 
@@ -62,7 +68,7 @@ class Request:
         options = Options() if options is None else options
         if not isinstance(options, Options):
             raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
-        return Request(get_rules(rules), options, input_size, Named(include, exclude))
+        return Request(get_rules(rules), options, input_size, Named(include, exclude), check)
 
     @staticmethod
     def again(plan: PlanData) -> Request:
@@ -80,7 +86,7 @@ class Request:
                 "import the module that registers it first"
             )
         used = get_rules(names or None)
-        return Request(used, plan.options, plan.input_size, Exactly(frozenset(match.key for match in plan.matches)))
+        return Request(used, plan.options, plan.input_size, Exactly(plan.matches))
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,14 @@ class Prepared:
         matches: what will be rewritten, with the sizes that the maps will have.
         skips: what was looked at and left alone, and why.
         operations: what carries the matches out.
+        outputs: the maps that the model returns.
     """
 
     input_size: tuple[int, ...]
     matches: tuple[Match, ...]
     skips: tuple[Skip, ...]
     operations: tuple[Operation, ...]
+    outputs: tuple[Returned, ...]
 
 
 def prepare(model: nn.Module, request: Request) -> Prepared:
@@ -107,17 +115,19 @@ def prepare(model: nn.Module, request: Request) -> Prepared:
         PadfreeError: the model cannot be looked through, or a pattern of the request means no place of it.
     """
     check_model(model)
-    with looking_at(model):
+    with looking_at(model) as put_back:
         sites = Sites(Flow(record(model, request.input_size)))
         groups, skips = find(sites, request.rules, request.options, request.places)
-        trials = Trials(sites, request.options, request.rules)
+        run = real_run(model, sites.recording, put_back) if request.check else None
+        trials = Trials(sites, request.options, request.rules, run)
         operations, _ = trials.attempt(groups)
-        if operations is None:
+        if operations is None or trials.fails(operations):
             groups, operations, failed = trials.settle(groups)
             skips += failed
         matches = (*with_sizes(groups, sizes_after(sites, groups), sites), *trials.following(groups))
+        outputs = trials.outputs(groups)
     order = sorted(skips, key=lambda skip: (skip.domain, skip.name))
-    return Prepared(sites.recording.input_size, matches, tuple(dict.fromkeys(order)), operations)
+    return Prepared(sites.recording.input_size, matches, tuple(dict.fromkeys(order)), operations, outputs)
 
 
 def prepare_again(model: nn.Module, plan: PlanData) -> Prepared:

@@ -12,7 +12,7 @@ from typing import Any
 from padfree.errors import PadfreeError, PlanError
 from padfree.plan import format1
 from padfree.rules.base import registered
-from padfree.types import PLAN_FORMAT, Detail, Match, Options, Skip
+from padfree.types import PLAN_FORMAT, Detail, Match, Options, Returned, Skip
 
 _MOST = 10_000  # matches and skips of a plan and those before it: many times those of the largest networks
 _MOST_PLANS = 100  # one after another; a network is converted in part a few times at most
@@ -38,6 +38,7 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
             "options": Options(**data["options"]),
             "matches": tuple(_match(item, old) for item in data["matches"]),
             "skips": tuple(_built(Skip, item, "skip", partly=old) for item in data["skips"]),
+            "outputs": tuple(_built(Returned, item, "output", partly=False) for item in data.get("outputs", ())),
         }
     except PadfreeError:
         raise
@@ -66,7 +67,7 @@ def _check_length(data: Mapping[str, Any]) -> None:
         for name in ("matches", "skips"):
             if not isinstance(current[name], (list, tuple)):
                 raise TypeError(f"{name} is {current[name]!r}")
-        count += len(current["matches"]) + len(current["skips"])
+        count += len(current["matches"]) + len(current["skips"]) + len(current.get("outputs", ()))
         if count > _MOST:
             raise PlanError(f"the plan has {count} matches and skips; no network has more than {_MOST}")
         plans += 1

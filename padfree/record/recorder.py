@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.indices import CallId, OpId, ValueId
+from padfree.kernels import DECOMPOSITIONS
 from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
 
 NO_OP = OpId(-1)
@@ -36,7 +37,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
+    """One operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`.
+
+    `foreign` says that it is none of torch's own: its fake kernel may compare no sizes.
+    """
 
     index: OpId
     kind: str
@@ -45,6 +49,7 @@ class Op:
     outputs: tuple[ValueId, ...]
     call: CallId
     grad: bool
+    foreign: bool = False
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,6 +62,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.written: set[str] = set()  # parameters and buffers that an in-place operation met
         self._names = names or {}
         self._index: dict[tuple[Any, ...], ValueId] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
@@ -81,6 +87,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in DECOMPOSITIONS:  # rules know what our operators mean, and not the operators
+            with self:
+                return DECOMPOSITIONS[func](*args, **kwargs)
         given = tensors((args, kwargs))
         if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
             args, kwargs = to_meta((args, kwargs))
@@ -88,6 +97,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kwargs["device"] = torch.device("meta")
         elif given and given[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if func._schema.is_mutable:
+            self.written.update(self._names.get(storage(tensor), "") for tensor in given)
         refs = [self.value(tensor) for tensor in given]
         frozen = freeze((args, kwargs), self.value)
         result = _quick_meta(func, args) if given and given[0].is_meta else None
@@ -103,7 +114,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
         index = OpId(len(self.ops))
         made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
+        grad, foreign = torch.is_grad_enabled(), func.namespace not in _OWN
+        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], grad, foreign))
         return result
 
 
@@ -126,6 +138,7 @@ def _quick_meta(func: Any, args: Any) -> Any:
     return None
 
 
+_OWN = ("aten", "prim", "prims", "padfree")  # namespaces of operators whose meaning is known
 _KINDS: dict[Any, str] = {}
 
 

@@ -19,10 +19,11 @@ from torch import nn
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 from padfree.indices import CallId, OpId, ValueId
-from padfree.record.copies import bare_copy, meta_copy
+from padfree.record.copies import bare_copy, kept_generators, meta_copy
 from padfree.record.inputs import check_input_size, default_input_size, example_inputs, image_channels
 from padfree.record.recorder import Op, Recorder, Value
 from padfree.record.trees import collect, containers_copied, first_line, storage
+from padfree.record.trees import names as names_of
 
 
 class ForwardFailedError(Exception):
@@ -59,7 +60,9 @@ class Recording:
         model: the copy that was run (its modules are what `Call.path` names).
         example: the arguments it was run on.
         meta: whether it ran on meta tensors.
-        outputs: live values that came out of the model.
+        outputs: values that came out of the model.
+        names: where each of them lies in what the model returns ("" for a bare tensor).
+        written: paths of the parameters and buffers that in-place operations met.
     """
 
     model: nn.Module = field(repr=False)
@@ -71,6 +74,8 @@ class Recording:
     calls: tuple[Call, ...] = field(repr=False)
     inputs: tuple[ValueId, ...]
     outputs: tuple[ValueId, ...]
+    names: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -196,7 +201,7 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     inputs = tuple(recorder.enter(tensor) for tensor in tensors)
     tracker = CallTracker(model, recorder)
     try:
-        with recorder:
+        with kept_generators(seed=0), recorder:  # two forwards of one network draw the same numbers
             result = model(*example)
     except Exception as error:
         where = tracker.calls[recorder.stack[-1]] if recorder.stack[-1] >= 0 else None
@@ -209,7 +214,8 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     finally:
         tracker.remove()
     values, ops, calls = tuple(recorder.values), tuple(recorder.ops), tuple(tracker.calls)
-    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs)
+    held, written = tuple(names_of(result)), frozenset(recorder.written)
+    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs, held, written)
 
 
 def path_of(recording: Recording, op: Op) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -68,6 +68,19 @@ def mapped(tree: Any, leaf: Callable[[Any], Any]) -> Any:
     if type(tree) in (dict, OrderedDict):
         return type(tree)((key, mapped(item, leaf)) for key, item in tree.items())
     return leaf(tree)
+
+
+def names(tree: Any, prefix: str = "") -> list[str]:
+    """Where each tensor that `collect` finds lies, in order: "0", "out", "features.2"; "" for a bare tensor."""
+    if isinstance(tree, torch.Tensor):
+        return [prefix] if tree.layout == torch.strided else []
+    if isinstance(tree, (tuple, list)):
+        items: Iterable[tuple[Any, Any]] = enumerate(tree)
+    elif isinstance(tree, Mapping):
+        items = tree.items()
+    else:
+        items = [("tensors", tree.tensors)] if hasattr(tree, "tensors") and hasattr(tree, "image_sizes") else []
+    return [name for key, item in items for name in names(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def containers_copied(tree: Any) -> Any:

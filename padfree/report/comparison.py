@@ -19,6 +19,8 @@ from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
 from padfree.report.macs import count_macs
 from padfree.report.smallest import minimum_input
+from padfree.types import Returned
+from padfree.verify.resizing import returned
 
 Size = tuple[int, ...]
 
@@ -59,6 +61,7 @@ class Comparison:
         params: number of parameters.
         macs: multiply-adds of one image as fvcore counts them.
         maps: the distinct (before, after) sizes that strided convolutions and pools write, in order.
+        outputs: the maps that the networks return, with their whole shapes; empty where they return unlike things.
         minimum_input: the least square side, in pixels, that both networks take; one pixel less was
             tried and one of them fails. Found by bisection below `input_size`, then among the multiples
             of 7 and 8 below that. None: not found.
@@ -74,6 +77,7 @@ class Comparison:
     minimum_input: int | None
     uncounted: dict[str, Pair]
     notes: tuple[str, ...] = ()
+    outputs: tuple[Returned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
@@ -84,6 +88,7 @@ class Comparison:
             "after": [list(stage.after) for stage in self.maps],
         }
         data["notes"] = list(self.notes)
+        data["outputs"] = [output.to_dict() for output in self.outputs]
         return data
 
     def rows(self) -> list[tuple[str, str]]:
@@ -98,6 +103,7 @@ class Comparison:
             ("MACs (fvcore)", _line(self.macs, _short)),
             ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
             ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
+            *((f"output {output.name}".strip(), output.sizes(" -> ")) for output in self.outputs),
             ("smallest input", _side(self.minimum_input)),
             ("not in the MACs", ", ".join(listed) or "-"),
         ]
@@ -135,6 +141,7 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
         minimum_input=minimum_input(*recordings),
         uncounted={name: Pair(counts[0].uncounted[name], counts[1].uncounted[name]) for name in names},
         notes=tuple(dict.fromkeys(count.note for count in counts if count.note)),
+        outputs=returned(*recordings) if recordings[0].names == recordings[1].names else (),
     )
 
 

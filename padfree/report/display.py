@@ -34,7 +34,7 @@ def summary(title: str, plan: PlanData) -> str:
 
 def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[str]:
     lines = [summary(title, plan)]
-    lines += [f"  {item}" for item in (*plan.matches, *plan.skips)]
+    lines += [f"  {item}" for item in (*plan.matches, *plan.skips, *plan.outputs)]
     if comparison is not None:
         rows = comparison.rows()
         width = max(len(label) for label, _ in rows)
@@ -62,6 +62,8 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
         for skip in plan.skips:
             skipped.add_row(Text(skip.name), Text(skip.reason))
         console.print(skipped)
+    for output in plan.outputs:
+        console.print(Text(str(output)))
     if comparison is not None:
         figures = Table("", "before -> after", box=None, pad_edge=False)
         for label, text in comparison.rows():

@@ -16,6 +16,7 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 from padfree.layers.spec import Spec, StemTailSpec
+from padfree.record.copies import HOOK_TABLES
 from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, sealed_class, set_class
 from padfree.rewrite.same_padding import shaped_like
 
@@ -153,7 +154,10 @@ def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
     undo.append(_restore(parent._modules, name))
     undo.append(_restore(state, name))
     undo.append(lambda: setattr(end, "__class__", kind))
-    parent._modules[name] = operation.spec.build(model, end)
+    tail = parent._modules[name] = operation.spec.build(model, end)
+    for table in HOOK_TABLES:  # what was hooked there goes on to see what the next layer reads
+        if table in state:
+            tail.__dict__[table], state[table] = state[table], type(state[table])()
 
 
 def _resize(model: nn.Module, operation: Resize, undo: Undo) -> None:

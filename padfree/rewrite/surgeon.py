@@ -14,8 +14,8 @@ from padfree.analysis.kinds import AVG_POOLS, data_input
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
+from padfree.kernels import shortcut_pool
 from padfree.layers.spec import PoolProjectionSpec, Spec, StemTailSpec
-from padfree.pooling import shortcut_pool
 from padfree.record.recording import Call
 from padfree.rewrite.edit import BlockEdit
 from padfree.rewrite.forward import graph_source, original_class

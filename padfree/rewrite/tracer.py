@@ -25,6 +25,7 @@ from padfree.indices import OpId, ValueId
 from padfree.record.copies import in_mode
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
+from padfree.rewrite.forward import is_rewritten
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
 from padfree.rewrite.spy import Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
@@ -211,7 +212,8 @@ def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
 
 def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     failure: Exception | None = None
-    for helpers in (False, True):
+    # functions that a generated forward calls stay whole: it is flat already
+    for helpers in (True,) if is_rewritten(spy.module) else (False, True):
         stand_in = spy.fresh(training)
         tracer = BlockTracer(_helpers(spy.module) if helpers else ())
         tracer.arguments = bind(stand_in, call, where)

@@ -122,6 +122,7 @@ class Rule:
             conversion, yields further matches (`paper.md`, ParC-MobileNetV2).
         default: whether `convert` uses it when no rules are named.
         details: the classes of its matches' details; without any they are mappings.
+        earlier: finds places as versions before this one did, whose plans are carried out as they say.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Rule:
     follow: Callable[[Sites, Options, Sizes], Iterable[Match]] | None = None
     default: bool = True
     details: tuple[type[Detail], ...] = ()
+    earlier: Matcher | None = None
 
 
 _RULES: dict[str, Rule] = {}

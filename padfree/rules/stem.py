@@ -11,9 +11,10 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
    skip connections and the model's caller go on to get that output;
 4. where the stem conv has neither norm nor activation and the network goes on with norm -> act in another block, or
    on a branch parallel to a residual of the conv's output, the tail takes the pre-activation form;
-5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
-   the forward of a module other than the root, which is re-forwarded: where only the root calls the stem's parts,
-   the last of them.
+5. the tail has a place outside norms and convolutions, at the same path in a classifier and in a feature extractor made
+   of the same layers: that of the absorbed max-pool; else the entry of the first module that alone reads the stem's
+   output and has a forward of its own; else that of the stem's activation module; else the forward of a module other
+   than the root in which the chain ends, which is re-forwarded; else the entry of a Sequential.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from padfree.analysis.chain import Chain
 from padfree.analysis.convolution import Conv, Site
@@ -35,6 +35,7 @@ from padfree.layers.spec import FUNCTIONS, StemTailSpec
 from padfree.layers.stem import StemTail
 from padfree.record.recorder import Op
 from padfree.rules._downsampling import block_for
+from padfree.rules._stem_place import Placer, placed, placed_earlier, replaceable
 from padfree.rules._toys import Joined, Methodical, Residual, depthwise, net, unit
 from padfree.rules.base import Editor, Example, Rule, register
 from padfree.types import NO_DOMAIN, Match, Options, Skip, StridedDetail
@@ -77,6 +78,15 @@ class Stem(StridedDetail):
 
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """The one stem, if the network has something to convert."""
+    return _matches(sites, options, placed)
+
+
+def earlier(sites: Sites, options: Options) -> Iterator[Match | Skip]:
+    """The same as plans of before had it: the tail in the activation's place, or inside a norm that carries one."""
+    return _matches(sites, options, placed_earlier)
+
+
+def _matches(sites: Sites, options: Options, placed: Placer) -> Iterator[Match | Skip]:
     if not sites.first:
         return
     conv = max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
@@ -89,7 +99,7 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
         yield Skip(conv.path, outside, NAME, in_scope=False)
         return
     try:
-        yield _match(sites, options, conv, site)
+        yield _match(sites, options, conv, site, placed)
     except Refusal as refusal:
         yield Skip(conv.path, str(refusal), NAME)
 
@@ -120,7 +130,7 @@ def _has_padded_downsampling(sites: Sites) -> bool:
     return any(tuple(args[1]) == (3, 3) and len(args) > 2 and set(args[2]) == {2} for args in pools)
 
 
-def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
+def _match(sites: Sites, options: Options, conv: Conv, site: Site, placed: Placer) -> Match:
     flow, recording = sites.flow, sites.recording
     if len(recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
         raise Refusal("its module does not run exactly once in a forward")
@@ -156,40 +166,21 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
         absorbs=pool is not None,
         value=value,
     )
-    place = recording.calls[pool.call].path if pool is not None else chain.act_path
     block = ""
-    if place and _replaceable(sites, place):
-        detail = replace(detail, place=place)
-    elif pool is not None:  # a function call, or a module that others use too
-        detail = replace(detail, end=end, pool=pool.index)
-        call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
-        block = call.path
+    if pool is not None:
+        place = recording.calls[pool.call].path
+        if replaceable(sites, place):
+            detail = replace(detail, place=place)
+        else:  # a function call, or a module that others use too
+            detail = replace(detail, end=end, pool=pool.index)
+            block = block_for(sites, conv.op, end, value, owner=conv.path, child=True).path
     else:
         # a norm or activation that was not seen may follow
         bare = chain.norm is None and chain.act is None and not preact
-        block = _tail_block(sites, conv, value, other_than=(conv.path,) if bare else ())
+        block, taken = placed(sites, conv, chain, value, (conv.path,) if bare else ())
+        detail = replace(detail, place=taken)
     size = flow.size(conv.source)
     return Match(NAME, conv.path, block, NO_DOMAIN, size, flow.size(value), flow.size(value), detail)
-
-
-def _tail_block(sites: Sites, conv: Conv, value: ValueId, other_than: tuple[str, ...]) -> str:
-    """The module whose forward the tail goes into; rather than the root, the module that returns `value` itself."""
-    around = block_for(sites, conv.op, value, owner=conv.path, child=True)
-    if around.path:
-        return around.path
-    recording = sites.recording
-    producer = sites.flow.producer(value)
-    for call in () if producer is None else recording.ancestors(producer.call):
-        if isinstance(recording.modules[call.path], _BatchNorm):
-            continue  # `convert_sync_batchnorm` would put another in its place, without the tail
-        if (
-            call.path
-            and call.path not in other_than
-            and call.outputs == (value,)
-            and len(recording.calls_of[call.path]) == 1
-        ):
-            return call.path
-    return ""
 
 
 def _absorbed(sites: Sites, end: ValueId) -> Op | None:
@@ -249,15 +240,6 @@ def _is_preact(sites: Sites, following: Chain) -> bool:
     return residual or flow.in_other_block(norm, raw)
 
 
-def _replaceable(sites: Sites, path: str) -> bool:
-    """Whether a module is parameter-free, not the root, registered once and called once."""
-    recording = sites.recording
-    module = recording.modules[path]
-    names = [name for name, other in recording.model.named_modules(remove_duplicate=False) if other is module]
-    once = len(recording.calls_of[path]) == 1 and len(names) == 1
-    return bool(path) and once and not list(module.parameters()) and not list(module.buffers())
-
-
 def rewrite(match: Match, edit: Editor) -> None:
     """Put the tail in place."""
     detail = match.detail
@@ -302,6 +284,8 @@ EXAMPLES = (
         ("0.branches.0.0",),
     ),
     Example(lambda: Methodical(8, nn.GroupNorm(2, 8)), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("conv",)),
     Example(lambda: Methodical(8, nn.Identity(), nn.BatchNorm2d(8), nn.ReLU()), SIZE, ("conv",)),
 )
 COUNTEREXAMPLES = (
@@ -312,7 +296,5 @@ COUNTEREXAMPLES = (
         SIZE,
         ("2 separate convs read the input",),
     ),
-    Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("calls its own method `features`",)),
-    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("calls its own method `features`",)),
 )
-RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Stem,)))
+RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Stem,), earlier=earlier))

@@ -163,7 +163,7 @@ def test_all_results_are_written_or_none(
     def fail(*args: object, **kwargs: object) -> None:
         raise PadfreeError("this one fails")
 
-    monkeypatch.setattr("padfree.export.to_onnx", fail)
+    monkeypatch.setattr("padfree.deploy.onnx.to_onnx", fail)
     (tmp_path / "a.safetensors").write_text("old")
     before = sorted(os.listdir())
     assert main([*own, "own_models:Net", "--output", "a.safetensors", "--onnx", "a.onnx", "--json", "a.json"]) == 2
@@ -180,7 +180,7 @@ def test_a_signal_to_end_leaves_no_file(
         signal.raise_signal(signal.SIGTERM)
         pytest.fail("the signal ended nothing")
 
-    monkeypatch.setattr("padfree.export.to_onnx", terminated)
+    monkeypatch.setattr("padfree.deploy.onnx.to_onnx", terminated)
     assert main([*own, "own_models:Net", "--output", "a.safetensors", "--onnx", "a.onnx"]) == 143
     assert capsys.readouterr().err == "padfree-convert: terminated\n"
     assert sorted({*os.listdir()} - {"__pycache__"}) == ["own_models.py"]
@@ -324,8 +324,8 @@ def test_exports_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def export(model: nn.Module, path: Path, size: tuple[int, ...], *, dynamic_sides: bool) -> None:
         calls.append((path.name, size, dynamic_sides, model.training, padfree.is_converted(model)))
 
-    monkeypatch.setattr("padfree.export.to_onnx", export)
-    monkeypatch.setattr("padfree.export.to_exported_program", export)
+    monkeypatch.setattr("padfree.deploy.onnx.to_onnx", export)
+    monkeypatch.setattr("padfree.deploy.program.to_exported_program", export)
     argv = [*SMALL, "--onnx", str(tmp_path / "a.onnx"), "--exported-program", str(tmp_path / "a.pt2")]
     assert main(argv) == 0
     assert main([*argv, "--fixed-sides"]) == 0

@@ -144,7 +144,7 @@ def test_exported_program_takes_maps_of_a_single_pixel(tmp_path):
 
 
 def test_fused_models_export_too(tmp_path):
-    from padfree.deploy.fold import fuse
+    from padfree.deploy.fuse import fuse
 
     model = fuse(tiny(), input_size=(3, 32, 32))
     x = images(2, 3, 27, 32)

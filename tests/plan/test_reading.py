@@ -15,6 +15,7 @@ from torch import nn
 
 import padfree
 from padfree.errors import PlanError
+from padfree.layers.stem import StemTail
 from padfree.rules._downsampling import Downsampling
 from padfree.rules._toys import Residual, depthwise, net, unit
 from padfree.rules.base import Rule, Shortcut, registered, rules
@@ -132,9 +133,12 @@ def detail_of(plan: padfree.Plan, name: str) -> Any:
     return next(match.detail for match in plan.matches if match.name == name)
 
 
-def test_format_1_is_read_as_what_is_planned_now() -> None:
+def test_format_1_is_read_and_carried_out_as_it_says() -> None:
+    """Its stem's tail takes the activation's place, where this version puts it at the entry of the next block."""
     plan = padfree.Plan.from_dict(json.loads(json.dumps(FORMAT_1)))
-    assert plan == padfree.plan(build(), input_size=SIZE)
+    now = padfree.plan(build(), input_size=SIZE)
+    assert plan.matches[1:] == now.matches[1:]
+    assert (now.matches[0].block, detail_of(now, "0.0").place) == ("1", None)
     assert detail_of(plan, "1.main.0") == Downsampling(
         4, 3, 0, channels=(8, 16), shortcut=Shortcut(source=11, anchor=4, merge=22, project=True)
     )
@@ -142,8 +146,12 @@ def test_format_1_is_read_as_what_is_planned_now() -> None:
     assert detail_of(plan, "0.0").place == "0.2" and detail_of(plan, "0.0").function is None
     torch.manual_seed(1)
     applied = plan.apply(build())
-    torch.manual_seed(1)
-    converted = padfree.convert(build(), input_size=SIZE)
+    assert isinstance(applied.get_submodule("0.2"), StemTail)
+    converted = now.apply(build())
+    weights = {
+        key.replace("0.2.", "1.padfree_stem.").replace(".end.", "."): w for key, w in applied.state_dict().items()
+    }
+    converted.load_state_dict(weights)
     x = torch.rand(2, *SIZE)
     torch.testing.assert_close(applied(x), converted(x), rtol=0, atol=0)
 

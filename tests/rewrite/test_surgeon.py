@@ -500,7 +500,7 @@ def test_6_fusers_of_the_block_and_of_every_ancestor_raise() -> None:
     wanted = made(images())
     for path, name in (("block.inner", "fuse"), ("block", "reparameterize"), ("", "switch_to_deploy")):
         module = made.get_submodule(path)
-        with pytest.raises(padfree.PadfreeError, match=rf"call {name}\(\) on the original model first, then convert"):
+        with pytest.raises(padfree.PadfreeError, match=rf"call padfree.fuse\(model\), which keeps it, or {name}\(\)"):
             getattr(module, name)()
     assert_close(made(images()), wanted, rtol=0, atol=0)
     twin = pickle.loads(pickle.dumps(made))
