@@ -32,7 +32,7 @@ NAME = "depthwise"
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """Every stride-2 depthwise conv that is not half a BSConv pair."""
     for conv, site in strided(sites):
-        if not site.dense and site.lead.depthwise:
+        if not site.dense and site.largest.depthwise:
             yield site_matches(sites, options, NAME, conv, site)
 
 
