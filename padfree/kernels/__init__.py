@@ -31,7 +31,7 @@ __all__ = [
     "shortcut_pool",
 ]
 
-DECOMPOSITIONS: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.padfree.chain.default: chain_meaning,
     torch.ops.padfree.max_pool_values.default: values_meaning,
     torch.ops.padfree.max_pool_taps.default: taps_meaning,

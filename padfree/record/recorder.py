@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode as TorchDispatchMode,  # documented, in a module without a public name
+)
 
 from padfree.indices import CallId, OpId, ValueId
 from padfree.kernels import DECOMPOSITIONS, POOLS

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from padfree.analysis.chain import Chain
 from padfree.analysis.convolution import Conv
@@ -83,7 +82,7 @@ def _returning(sites: Sites, value: ValueId, other_than: tuple[str, ...], *, lay
     recording = sites.recording
     producer = sites.flow.producer(value)
     for call in () if producer is None else recording.ancestors(producer.call):
-        if isinstance(recording.modules[call.path], _BatchNorm):
+        if isinstance(recording.modules[call.path], (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             continue  # `convert_sync_batchnorm` would put another in its place, without the tail
         if not layers and call.path and _inside_layer(sites, call.path, itself=True):
             continue
