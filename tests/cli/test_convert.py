@@ -349,15 +349,29 @@ def test_the_command_in_a_pipe() -> None:
     assert (unread.returncode, unread.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("settings", "escapes"),
-    [({"COLUMNS": "200"}, True), ({"NO_COLOR": "1"}, False), ({"COLUMNS": "0"}, True), ({"COLUMNS": "20"}, False)],
-)
-def test_the_command_on_a_terminal(settings: dict[str, str], escapes: bool) -> None:
+TERMINALS = [
+    ({"COLUMNS": "200"}, True),
+    ({"NO_COLOR": "1"}, False),
+    ({"COLUMNS": "0"}, True),
+    ({"COLUMNS": "20"}, False),
+]
+ON_TERMINALS = f"""
+import os, sys
+from padfree.cli.convert import main
+for settings, _ in {TERMINALS}:
+    os.environ.update(settings)
+    assert main(sys.argv[1:]) == 0
+    print("(end)", flush=True)
+    for name in settings:
+        del os.environ[name]
+"""
+
+
+def test_the_command_on_a_terminal() -> None:
     leader, follower = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
-    command = [sys.executable, "-m", "padfree.cli", *SMALL, "--plan-only"]
-    shown = subprocess.Popen(command, stdout=follower, env={**environment, "TERM": "xterm-256color", **settings})
+    command = [sys.executable, "-c", ON_TERMINALS, *SMALL, "--plan-only"]
+    shown = subprocess.Popen(command, stdout=follower, env={**environment, "TERM": "xterm-256color"})
     os.close(follower)
     screen = b""
     while True:
@@ -370,5 +384,8 @@ def test_the_command_on_a_terminal(settings: dict[str, str], escapes: bool) -> N
         screen += chunk
     os.close(leader)
     assert shown.wait(timeout=600) == 0
-    assert (b"\x1b[1m" in screen, b"\x1b" in screen) == (escapes, escapes)
-    assert b"blocks.1.0.conv_dw" in screen
+    *screens, rest = screen.split(b"(end)")
+    assert len(screens) == len(TERMINALS) and not rest.strip()
+    for text, (_, escapes) in zip(screens, TERMINALS, strict=True):
+        assert (b"\x1b[1m" in text, b"\x1b" in text) == (escapes, escapes)
+        assert b"blocks.1.0.conv_dw" in text

@@ -121,7 +121,15 @@ def _settle_norms(model: nn.Module) -> None:
             nn.init.normal_(module.bias, std=0.1)
 
 
-@pytest.mark.parametrize("name", ["mobileone_s0", "repvgg_a0", "repvit_m0_9", "fastvit_t8", "ghostnetv3_050"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repvgg_a0",
+        "repvit_m0_9",
+        "fastvit_t8",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobileone_s0", "ghostnetv3_050")),
+    ],
+)
 def test_converting_the_training_form_equals_converting_the_fused_form(name: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10)
