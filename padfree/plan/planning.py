@@ -18,15 +18,17 @@ from padfree.plan.patterns import Exactly, Named, Patterns
 from padfree.plan.reading import check_matches
 from padfree.plan.sizes import sizes_after, with_sizes
 from padfree.plan.trials import Trials
-from padfree.record.copies import kept_random_state
+from padfree.record.copies import full_copy, kept_random_state
 from padfree.record.inputs import check_model
-from padfree.record.recording import record
+from padfree.record.recording import Recording, record
 from padfree.rewrite.effects import kept_globals
-from padfree.rewrite.operations import Operation
+from padfree.rewrite.metadata import descriptions
+from padfree.rewrite.operations import Operation, perform
 from padfree.rules.base import Rule, registered
 from padfree.rules.base import rules as get_rules
 from padfree.types import Match, Options, PlanData, Returned, Skip
 from padfree.verify.real import real_run
+from padfree.verify.siblings import disagreeing
 
 _one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
 
@@ -124,10 +126,19 @@ def prepare(model: nn.Module, request: Request) -> Prepared:
         if operations is None or trials.fails(operations):
             groups, operations, failed = trials.settle(groups)
             skips += failed
+        operations = (*operations, *_surroundings(sites.recording, operations))
         matches = (*with_sizes(groups, sizes_after(sites, groups), sites), *trials.following(groups))
         outputs = trials.outputs(groups)
     order = sorted(skips, key=lambda skip: (skip.domain, skip.name))
     return Prepared(sites.recording.input_size, matches, tuple(dict.fromkeys(order)), operations, outputs)
+
+
+def _surroundings(recording: Recording, operations: tuple[Operation, ...]) -> tuple[Operation, ...]:
+    """What else a conversion changes in the model: methods beside its forward, and what it says of itself."""
+    if not operations:
+        return ()
+    converted = perform(full_copy(recording.model), operations)
+    return (*disagreeing(recording, converted), *descriptions(recording, converted))
 
 
 def prepare_again(model: nn.Module, plan: PlanData) -> Prepared:

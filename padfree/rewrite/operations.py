@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from padfree.errors import PadfreeError
 from padfree.layers.spec import Spec, StemTailSpec
 from padfree.record.copies import HOOK_TABLES
 from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, sealed_class, set_class
+from padfree.rewrite.refusing import Refused, refusing_class
 from padfree.rewrite.same_padding import shaped_like
 
 
@@ -80,7 +83,24 @@ class Seal:
     path: str
 
 
-Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward | Seal
+@dataclass(frozen=True)
+class Refuse:
+    """Methods of a module raise, each for its reason, since they would not give what its forward gives."""
+
+    path: str
+    methods: Refused
+
+
+@dataclass(frozen=True)
+class Describe:
+    """A module's descriptions of itself, mappings or dataclasses under these names, become copies with other values."""
+
+    path: str
+    names: tuple[str, ...]
+    values: tuple[tuple[str, Any], ...]
+
+
+Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward | Seal | Refuse | Describe
 
 
 def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
@@ -199,6 +219,31 @@ def _set_class(module: nn.Module, kind: type[nn.Module], undo: Undo) -> None:
     set_class(module, kind)
 
 
+def _refuse(model: nn.Module, operation: Refuse, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    _set_class(module, refusing_class(type(module), operation.methods), undo)
+
+
+def _describe(model: nn.Module, operation: Describe, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    undo.append(_restore(module.__dict__, ""))
+    made: dict[int, Any] = {}  # what two names mean stays one
+    for name in operation.names:
+        old = getattr(module, name)
+        if id(old) not in made:
+            made[id(old)] = _described(old, dict(operation.values))
+        module.__dict__[name] = made[id(old)]
+
+
+def _described(old: Any, values: dict[str, Any]) -> Any:
+    """A copy with these values; the object itself may be a registry's, which other models share."""
+    if isinstance(old, MutableMapping):
+        new = copy.copy(old)
+        new.update(values)
+        return new
+    return dataclasses.replace(old, **values)
+
+
 _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     SetAttributes: _set_attributes,
     AddChild: _add_child,
@@ -207,4 +252,6 @@ _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     Resize: _resize,
     Reforward: _reforward,
     Seal: _seal,
+    Refuse: _refuse,
+    Describe: _describe,
 }
