@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import SiblingError
-from padfree.rewrite.forward import original_class, quiet_subclass, rebuild, sealed_class
+from padfree.rewrite.classes import quiet_subclass
+from padfree.rewrite.forward import original_class, rebuild, sealed_class
 
 Refused = tuple[tuple[str, str], ...]  # (method, why)
 _REFUSED = "_padfree_refused"
