@@ -16,11 +16,13 @@ from torch import nn
 
 import padfree
 from benchmarks.catalogue import input_size
+from benchmarks.extractors import feature_extractor, shared_keys
 from padfree.files.sources import Source
 from padfree.record.inputs import example_inputs
 from padfree.record.recording import Recording, record
 from padfree.record.trees import Ref
 from padfree.report.smallest import minimum_input
+from padfree.rewrite.refusing import refused_methods
 
 
 @dataclass
@@ -40,6 +42,9 @@ class Result:
         missing: the first sites that it does not name.
         depthwise_alone: whether the domains of depthwise sites convert with everything else left as it is (None: no
             such site).
+        siblings: methods beside `forward` that raise in the converted network, because they would not agree with it.
+        shared_keys: how the converted `features_only` form of a timm model does not fit its converted classifier,
+            where the weights of the originals fit; "" where they fit, or there is no such form.
         reason: why the first place was left alone, or what went wrong.
     """
 
@@ -62,6 +67,8 @@ class Result:
     macs_before: int | None = None
     macs_after: int | None = None
     minimum: int | None = None
+    siblings: int = 0
+    shared_keys: str = ""
     seconds: float = 0.0
     reason: str = ""
 
@@ -127,6 +134,9 @@ def _measure(result: Result) -> None:
     if result.dw_sites:
         result.depthwise_alone = _alone(model, before, plan)
     result.minimum = minimum_input(before, after)
+    result.siblings = sum(len(refused_methods(type(module))) for module in converted.modules())
+    features = feature_extractor(source, model)
+    result.shared_keys = "" if features is None else shared_keys(features, converted, plan)
     result.status = "part" if left else "full"
 
 
