@@ -253,7 +253,7 @@ def test_4_the_class_is_built_once_and_looks_like_the_original() -> None:
 def test_4_the_source_can_be_read() -> None:
     made = convert(Net(Unit()))
     source = inspect.getsource(type(made.block).forward)
-    assert source.startswith("def forward(self, x)") and "self.conv(x)" in source
+    assert source.startswith("def forward(self, x") and "self.conv(x)" in source
     linecache.checkcache()
     assert inspect.getsource(type(made.block).forward) == source
 
@@ -777,7 +777,6 @@ class WithFlag(Unit):
         return y if linear else self.act(y)
 
 
-@pytest.mark.xfail(strict=True, reason="the check of a flag argument cannot be scripted; torch.jit.trace works")
 def test_script_of_a_block_with_a_flag() -> None:
     torch.jit.script(Net(WithFlag()))
     made = convert(Net(WithFlag())).eval()
