@@ -121,7 +121,7 @@ def main() -> None:
             depths.append(row := per_block(depth, max(1, arguments.rounds - depth // 150)))
             print(f"| {row['model']} | {row['blocks']} | {row['convert_s']:.3f} | {row['ms_a_block']:.2f} |")
     except ImportError as error:
-        print(f"\nleft out: {error}: pip install padfree[bsconv]")
+        print(f"\nleft out: {error}: pip install .[bsconv]")
     write({"machine": about, "import": imports, "models": models, "depths": depths}, arguments.json)
 
 

@@ -146,8 +146,8 @@ def _locate(result: Result, recording: Recording, items: Sequence[padfree.Match 
     """Strided convolutions and pools among the recorded operations, and whether a plan's items name them."""
     named = {item.name for item in items}
     for item in items:  # 1x1 branches that shrink with the conv beside them
-        points = item.detail.get("points", ()) if isinstance(item, padfree.Match) else ()
-        named |= {recording.calls[recording.ops[op].call].path for op in points}
+        shrunk = item.operations[1:] if isinstance(item, padfree.Match) else ()
+        named |= {recording.calls[recording.ops[op].call].path for op in shrunk}
     sites = _strided(recording)
     result.candidates = sum(max(kernel) >= 3 for kernel, _ in sites.values()) + _strided_pools(recording)
     depthwise = [path for path, (_, alone) in sites.items() if alone]

@@ -5,7 +5,7 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 
 from padfree import export
 from padfree.convert import Plan, convert, is_converted, plan
-from padfree.deploy.fold import fuse
+from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError
 from padfree.files.weights import load, save
 from padfree.report.comparison import Comparison, compare

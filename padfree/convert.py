@@ -1,12 +1,11 @@
 """`plan` and `convert`: the whole story on one screen.
 
-record -> match -> plan -> surgery -> verify, first on weightless copies, then on the model.
+record -> match -> group -> try on weightless copies, once for real -> carry out on the model (`padfree.plan.planning`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,24 +13,16 @@ import torch
 from torch import nn
 
 import padfree.rules  # noqa: F401  (registers the rules)
-from padfree.analysis.flow import Flow
-from padfree.analysis.sites import Sites
-from padfree.errors import NothingToConvertError, PadfreeError, PlanError
+from padfree.errors import NothingToConvertError, PadfreeError
 from padfree.layers.stem import StemTail
-from padfree.plan.groups import Group, find
 from padfree.plan.patterns import Patterns
-from padfree.plan.sizes import sizes_after, with_sizes
-from padfree.plan.trials import Trials
-from padfree.record.copies import full_copy, kept_random_state
+from padfree.plan.planning import Prepared, Request, nothing_to_convert, prepare, prepare_again
+from padfree.plan.reading import read
+from padfree.record.copies import full_copy
 from padfree.record.inputs import check_model
-from padfree.record.recording import record
-from padfree.rewrite.effects import kept_globals
 from padfree.rewrite.forward import is_rewritten
 from padfree.rewrite.operations import Operation, perform
-from padfree.rules.base import rules as get_rules
-from padfree.types import Match, Options, PlanData
-
-_one_at_a_time = threading.RLock()  # torch.fx patches nn.Module.__call__ for all threads while it traces
+from padfree.types import Options, PlanData
 
 
 @dataclass(frozen=True)
@@ -39,27 +30,37 @@ class Plan(PlanData):
     """What `convert` will do, word for word: print it, save it (`to_dict`), apply it to any equal model."""
 
     def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
-        """Carry the plan out on a copy of `model`, or on `model` itself.
+        """Carry the plan, and those before it, out on a copy of `model`, or on `model` itself.
 
         Raises:
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
-        return _finish(model, self._operations(model), self, inplace)
+        operations: list[Operation] = []
+        current = model
+        for step in self._steps():
+            if operations:
+                current = perform(full_copy(model), operations)
+            operations += prepare_again(current, step).operations
+        return _carry_out(model, operations, self, inplace)
 
-    def _operations(self, model: nn.Module) -> tuple[Operation, ...]:
-        """What carries out this plan and those before it, which the model is left untouched by."""
-        before: tuple[Operation, ...] = ()
-        if self.earlier is not None:
-            before = Plan(**vars(self.earlier))._operations(model)
-            model = perform(full_copy(model), before)
-        with _one_at_a_time, kept_random_state(), kept_globals(model):
-            sites = Sites(Flow(record(model, self.input_size)))
-            groups, trials = _refind(self, sites)
-            operations, why = trials.attempt(groups)
-        if operations is None:
-            raise PlanError(f"the plan for {self.model} cannot be carried out on this {type(model).__name__}: {why}")
-        return (*before, *operations)
+    def _steps(self) -> Iterator[PlanData]:
+        """The plans from the earliest on."""
+        steps: list[PlanData] = [self]
+        while steps[-1].earlier is not None:
+            steps.append(steps[-1].earlier)
+        return reversed(steps)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            PlanError: a field is missing, unknown or of the wrong kind, or a match comes twice.
+        """
+        fields = read(data)
+        earlier = data.get("earlier")
+        return cls(**fields, earlier=None if earlier is None else cls.from_dict(earlier))
 
 
 def plan(
@@ -70,13 +71,15 @@ def plan(
     exclude: Patterns = None,
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
+    check: bool = True,
 ) -> Plan:
     """What `convert` with the same arguments would do; the model stays untouched.
 
     Raises:
         PadfreeError: a wrong argument, or a model that cannot be looked through.
     """
-    return _plan(model, rules, include, exclude, options, input_size)[0]
+    request = Request.of(rules, include, exclude, options, input_size, check)
+    return _written(model, request, prepare(model, request))
 
 
 def convert(
@@ -88,6 +91,7 @@ def convert(
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
     inplace: bool = False,
+    check: bool = True,
 ) -> nn.Module:
     """Rewrite a network into its padding-free form (paper.md, Rewrites).
 
@@ -99,6 +103,9 @@ def convert(
         options: how the rules rewrite.
         input_size: (C, H, W); default: that of the model's `pretrained_cfg`, else (3, 224, 224).
         inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
+        check: run a converted copy once for real, on one image of that size in eval mode on the model's own device:
+            operators of other libraries may fail on maps that their meta kernels accept. Models on the meta
+            device are not run.
 
     Returns:
         the converted network; `model` itself if it was converted before and nothing is left to do.
@@ -107,13 +114,13 @@ def convert(
         NothingToConvertError: nothing matches, saying what was looked at.
         PadfreeError: the model or an argument is refused, with the reason.
     """
-    rules = None if rules is None else tuple(rule.name for rule in get_rules(rules))
-    made, operations = _plan(model, rules, include, exclude, options, input_size)
-    if not made.matches:
+    request = Request.of(rules, include, exclude, options, input_size, check)
+    prepared = prepare(model, request)
+    if not prepared.matches:
         if is_converted(model):
             return model
-        raise NothingToConvertError(_nothing(model, made, rules))
-    return _finish(model, operations, made, inplace)
+        raise NothingToConvertError(nothing_to_convert(model, request, prepared, by_name=rules is not None))
+    return _carry_out(model, prepared.operations, _written(model, request, prepared), inplace)
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -127,82 +134,21 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, StemTail) or is_rewritten(module) for module in model.modules())
 
 
-def _plan(
-    model: nn.Module,
-    rule_names: Iterable[str] | None,
-    include: Patterns,
-    exclude: Patterns,
-    options: Options | None,
-    input_size: tuple[int, ...] | None,
-) -> tuple[Plan, tuple[Operation, ...]]:
-    check_model(model)
-    options = Options() if options is None else options
-    if not isinstance(options, Options):
-        raise PadfreeError(f"options is {options!r}; pass padfree.Options(...)")
-    selected = get_rules(rule_names)
-    everything = tuple(dict.fromkeys((*selected, *get_rules())))
-    with _one_at_a_time, kept_random_state(), kept_globals(model):
-        sites = Sites(Flow(record(model, input_size)))
-        groups, skips = find(sites, everything, selected, options, include, exclude)
-        trials = Trials(sites, options, selected)
-        kept, operations, failed = trials.settle(groups)
-    matches = (*with_sizes(kept, sizes_after(sites, kept), sites), *trials.following(kept))
-    recording = sites.recording
-    order = sorted([*skips, *failed], key=lambda skip: (skip.domain, skip.name))
-    earlier = model.__dict__.get("padfree_plan")
-    made = Plan(type(model).__name__, recording.input_size, options, matches, tuple(dict.fromkeys(order)), earlier)
-    return made, operations
+def _written(model: nn.Module, request: Request, prepared: Prepared) -> Plan:
+    return Plan(
+        model=type(model).__name__,
+        input_size=prepared.input_size,
+        options=request.options,
+        matches=prepared.matches,
+        skips=prepared.skips,
+        earlier=model.__dict__.get("padfree_plan"),
+        outputs=prepared.outputs,
+    )
 
 
-def _refind(plan: Plan, sites: Sites) -> tuple[list[Group], Trials]:
-    """The plan's matches, found again in a model, and the trials that carry them out.
-
-    Raises:
-        PlanError: one is not there, or differs.
-    """
-    used = get_rules(dict.fromkeys(match.rule for match in plan.matches) or None)
-    trials = Trials(sites, plan.options, used)
-    found = [item for rule in used for item in rule.match(sites, plan.options) if isinstance(item, Match)]
-    there = {_key(match): match for match in found}
-    groups: dict[int, list[Match]] = {}
-    for match in plan.matches:
-        if _key(match) in there:
-            groups.setdefault(match.domain, []).append(there[_key(match)])
-    grouped = [Group(domain, tuple(matches)) for domain, matches in sorted(groups.items())]
-    there |= {_key(match): match for match in trials.following(grouped)}
-    for match in plan.matches:
-        again = there.get(_key(match))
-        if again is None or again.to_dict()["detail"] != match.to_dict()["detail"]:
-            raise PlanError(
-                f"the plan for {plan.model} does not fit this {type(sites.recording.model).__name__}: "
-                f"`{match.name}` is not there, or not as it was; make a new plan"
-            )
-    return grouped, trials
-
-
-def _key(match: Match) -> tuple[str, str, Any]:
-    return (match.rule, match.name, match.detail.get("op"))
-
-
-def _finish(model: nn.Module, operations: tuple[Operation, ...], made: Plan, inplace: bool) -> nn.Module:
+def _carry_out(model: nn.Module, operations: Iterable[Operation], made: Plan, inplace: bool) -> nn.Module:
     with torch.inference_mode(False):
         target = model if inplace else full_copy(model)
         perform(target, operations)
     target.__dict__["padfree_plan"] = made
     return target
-
-
-def _nothing(model: nn.Module, made: Plan, rules: tuple[str, ...] | None) -> str:
-    size = "x".join(map(str, made.input_size))
-    found = list(
-        dict.fromkeys(f"{f'`{skip.name}`' if skip.name else 'its own forward'}: {skip.reason}" for skip in made.skips)
-    )
-    seen = "; ".join(found[:6])
-    more = f" (and {len(found) - 6} more)" if len(found) > 6 else ""
-    kinds = {type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Conv")}
-    what = f"its convolutions are {', '.join(sorted(kinds))}" if kinds else "it has no convolution modules"
-    lacking = "no 2-D convolution with an odd kernel of at least 3 and stride 2, and no stem to follow"
-    if rules is not None:
-        lacking = f"no place for {' or '.join(map(repr, rules))}, the only rules asked for"
-    seen = seen or f"{lacking}; {what}"
-    return f"nothing to convert in {type(model).__name__} at {size}: {seen}{more}"

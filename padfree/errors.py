@@ -23,5 +23,9 @@ class LockedStateError(PadfreeError, AttributeError):
     """State that a rewritten block's forward was traced with may not change afterwards."""
 
 
+class SiblingError(PadfreeError):
+    """A method of a converted network that would not give what its forward gives."""
+
+
 class Refusal(PadfreeError):
     """Internal: one place cannot be rewritten; becomes a `Skip` with this reason."""

@@ -5,7 +5,12 @@ Sizes are pixels along one axis. Nothing here knows about tensors or modules.
 
 from __future__ import annotations
 
-Pair = tuple[int, int]
+from collections.abc import Iterable
+
+
+def size_text(size: Iterable[int]) -> str:
+    """A size in messages: 3x224x224."""
+    return "x".join(map(str, size))
 
 
 def effective_kernel(kernel: int, dilation: int = 1) -> int:

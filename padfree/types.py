@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from padfree.errors import PadfreeError, PlanError
+from padfree.errors import PadfreeError
+from padfree.geometry import size_text
+from padfree.indices import DomainId, OpId
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
+NO_DOMAIN = DomainId(-1)
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,12 @@ class Options:
     Attributes:
         merge: where the pool shortcut is added: after the "activation", the "norm" or the "conv"
             of the strided conv's chain, or at the chain's end where it ends earlier.
-        pool: "3x3" (stride 2, no padding, beside every kernel) or "kernel" (the conv's own kernel
+        pool: "3x3" (stride 2, no padding, whatever the conv's kernel) or "kernel" (the conv's own kernel
             and reduced padding; GhostNet).
         projection: what a strided 1x1 shortcut becomes: "depthwise" or "dense" (WRN-40-3).
         stem_residual: add the stem's output back after the hybrid tail (ResNets and WRNs).
-        allow_resize: accept pads, interpolations and rolls that the original did not make.
+        allow_resize: accept pads, crops, interpolations and rolls that the original did not make, and returned
+            maps that lose the image's sides.
     """
 
     merge: Literal["activation", "norm", "conv"] = "activation"
@@ -50,6 +54,40 @@ class Options:
                 raise PadfreeError(f"Options.{name} is {value!r}; it takes one of {allowed}")
 
 
+class Detail:
+    """What a rule needs to know of a place, over what every match says.
+
+    A rule's own is a frozen dataclass of integers, flags, strings, tuples and dataclasses of them, or None for what is
+    absent. The rule names it in `Rule.details`, so that plans can be read back.
+    """
+
+    @property
+    def operations(self) -> tuple[OpId, ...]:
+        """The strided operations that the match accounts for."""
+        return ()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether they write the padding-free size as they stand: nothing is done to them."""
+        return False
+
+
+@dataclass(frozen=True)
+class StridedDetail(Detail):
+    """Of a place at one recorded operation.
+
+    Attributes:
+        op: the operation that shrinks the map (a stem's conv: that the tail follows).
+    """
+
+    op: OpId
+
+    @property
+    def operations(self) -> tuple[OpId, ...]:
+        """The strided operations that the match accounts for."""
+        return (self.op,)
+
+
 @dataclass(frozen=True)
 class Match:
     """One place a rule will rewrite.
@@ -61,27 +99,42 @@ class Match:
         domain: index of the resolution domain it enters (-1 for a stem, which shrinks nothing).
         size: (H, W) of the map it reads, pixels.
         out_before, out_after: (H, W) it writes, before and after.
-        detail: rule-specific integers, strings and lists of them.
+        detail: what its rule needs to know; where the rule declares no class for it, a mapping of integers, strings and
+            lists of them, in which "op" is the operation that shrinks the map.
     """
 
     rule: str
     name: str
     block: str
-    domain: int
+    domain: DomainId
     size: tuple[int, ...]
     out_before: tuple[int, ...]
     out_after: tuple[int, ...]
-    detail: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    detail: Detail | Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def operations(self) -> tuple[OpId, ...]:
+        """The strided operations that it accounts for; the first is the one that it is named after."""
+        if isinstance(self.detail, Detail):
+            return self.detail.operations
+        return (self.detail["op"],) if "op" in self.detail else ()
+
+    @property
+    def key(self) -> tuple[str, str, tuple[OpId, ...]]:
+        """What tells matches apart."""
+        return (self.rule, self.name, self.operations[:1])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        if isinstance(self.detail, Detail):
+            plain["detail"] = {"kind": type(self.detail).__name__, **plain["detail"]}
         return plain
 
     def __str__(self) -> str:
-        sizes = f"{_size(self.size)} -> {_size(self.out_before)} becomes {_size(self.out_after)}"
+        sizes = f"{size_text(self.size)} -> {size_text(self.out_before)} becomes {size_text(self.out_after)}"
         if self.rule == "stem":
-            sizes = f"hybrid tail on {_size(self.out_before)}"
+            sizes = f"hybrid tail on {size_text(self.out_before)}"
         return f"{self.rule:<10} {self.name}: {sizes}"
 
 
@@ -96,7 +149,7 @@ class Skip:
     name: str
     reason: str
     rule: str = ""
-    domain: int = -1
+    domain: DomainId = NO_DOMAIN
     in_scope: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +158,31 @@ class Skip:
 
     def __str__(self) -> str:
         return f"{'skip':<10} {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Returned:
+    """A map that the model returns: its whole shape, before and after.
+
+    Attributes:
+        name: where it lies in what the model returns: "out", "1", "features.0"; "" if it is all of it.
+    """
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'output':<10} {self.name + ': ' if self.name else ''}{self.sizes(' becomes ')}"
+
+    def sizes(self, between: str) -> str:
+        """Its sides before and after, without batch and channels; once where they stay."""
+        before, after = (size_text(shape[2:]) for shape in (self.before, self.after))
+        return before + between + after if before != after else before
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {"name": self.name, "before": list(self.before), "after": list(self.after)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +196,7 @@ class PlanData:
         matches: what will be rewritten.
         skips: what is left alone, and why.
         earlier: the plan that was applied to the model before (it had been converted in part).
+        outputs: the maps that the model returns; empty in plans of earlier versions.
     """
 
     model: str
@@ -126,9 +205,10 @@ class PlanData:
     matches: tuple[Match, ...]
     skips: tuple[Skip, ...]
     earlier: PlanData | None = None
+    outputs: tuple[Returned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` reads it back equal."""
+        """A JSON-ready dictionary; `padfree.Plan.from_dict` reads it back equal."""
         return {
             "format": PLAN_FORMAT,
             "model": self.model,
@@ -137,61 +217,15 @@ class PlanData:
             "matches": [match.to_dict() for match in self.matches],
             "skips": [skip.to_dict() for skip in self.skips],
             "earlier": None if self.earlier is None else self.earlier.to_dict(),
+            "outputs": [output.to_dict() for output in self.outputs],
         }
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PlanData:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            PlanError: a field is missing, unknown or of the wrong kind.
-        """
-        try:
-            if data["format"] != PLAN_FORMAT:
-                raise PlanError(f"the plan has format {data['format']!r}; this padfree reads {PLAN_FORMAT}")
-            return cls(
-                model=_checked("model", data["model"]),
-                input_size=_checked("input_size", data["input_size"]),
-                options=Options(**data["options"]),
-                matches=tuple(Match(**_fields(item)) for item in data["matches"]),
-                skips=tuple(Skip(**_fields(item)) for item in data["skips"]),
-                earlier=None if data.get("earlier") is None else cls.from_dict(data["earlier"]),
-            )
-        except PadfreeError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise PlanError(f"not a plan of padfree: {type(error).__name__}: {error}") from error
-
     def __str__(self) -> str:
-        size = "x".join(map(str, self.input_size))
+        size = size_text(self.input_size)
         lines = [f"plan for {self.model} at {size}: {len(self.matches)} matches, {len(self.skips)} skips"]
         lines += [f"  {match}" for match in self.matches]
-        lines += [f"  {skip}" for skip in self.skips]
+        lines += [f"  {item}" for item in (*self.skips, *self.outputs)]
         return "\n".join(lines)
-
-
-_SIZES = ("input_size", "size", "out_before", "out_after")
-_KINDS = {"domain": (int,), "op": (int,), "in_scope": (bool,), "detail": (dict,)} | dict.fromkeys(_SIZES, (list, tuple))
-
-
-def _fields(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _checked(key, value) for key, value in item.items()}
-
-
-def _checked(key: str, value: Any) -> Any:
-    """The value of a field; those that `_KINDS` does not name are strings.
-
-    Raises:
-        TypeError: it is of the wrong kind.
-    """
-    right = type(value) in _KINDS.get(key, (str,))
-    if right and key in _SIZES:
-        right = all(type(side) is int for side in value)
-    if not right:
-        raise TypeError(f"{key} is {value!r}")
-    if key == "detail":
-        _checked("op", value.get("op", 0))
-    return tuple(value) if key in _SIZES else value
 
 
 def _plain(value: Any) -> Any:
@@ -200,10 +234,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _size(size: tuple[int, ...]) -> str:
-    return "x".join(map(str, size))
 
 
 NEW = "padfree_"

@@ -1,4 +1,4 @@
-"""A run's folder and its checkpoints.
+"""A run's checkpoints, and where they lie in its folder (`run_folder` writes the rest).
 
     RUN/.lock             held by the process that trains
     RUN/recipe.yaml       the resolved recipe
@@ -8,11 +8,12 @@
     RUN/tensorboard/      the same, for TensorBoard
     RUN/checkpoints/epoch-0007/
         weights.safetensors   the evaluated weights (averaged ones, where the recipe averages)
-        progress.json         all metrics by epoch, and the sizes of the other files
+        progress.json         all metrics by epoch, and the checksums of the other files
         ...                   Accelerate's state: model, optimizer, scheduler, random numbers
 
 A checkpoint is written under another name and renamed when it is whole, so a kill at any moment loses
-at most the running epoch. The last and the best are kept.
+at most the running epoch. The last, the one before it and the best are kept: a run whose last checkpoint
+is damaged later goes on from the newest one that is whole.
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ import json
 import os
 import re
 import shutil
-import sys
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,10 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 
-from .files import dump, load, write_text
-from .recipe import Recipe
+from .console import note
+from .files import write_text
+from .integrity import FileSum, check_files, check_readable, file_sum, text_sum
 
-PACKAGES = ("padfree", "torch", "torchvision", "timm", "bsconv", "accelerate", "torchmetrics", "safetensors")
-FREE_KEYS = ("root", "workers", "download")  # of `data`: a resumed run may find its data elsewhere
 WEIGHTS, PROGRESS = "weights.safetensors", "progress.json"
 
 
@@ -83,56 +82,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Saved:
-    """What progress.json holds: all epochs, and the bytes of the checkpoint's other files."""
+    """What progress.json holds: all epochs, the checkpoint's other files, and the checksum of both.
+
+    Checkpoints of before there were checksums have the files' bytes alone, or not even them.
+    """
 
     epochs: tuple[Epoch, ...]
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, FileSum | int] = field(default_factory=dict)
+    sha256: str = ""
+
+    def sum(self) -> str:
+        """What `sha256` must be."""
+        content = asdict(self)
+        return text_sum([content["epochs"], content["files"]])
 
 
 _SAVED = TypeAdapter(_Saved)
-
-
-def open_run(folder: Path, recipe: Recipe, about: dict[str, Any], resume: bool) -> None:
-    """Write into a locked folder what the run is; when resuming, check that it is the same run.
-
-    Raises:
-        RunError: the folder holds a run and `resume` is not set, or holds another run, or a file that
-            is in the way of a checkpoint.
-    """
-    if (folder / "run.json").exists() or checkpoints(folder):
-        if not resume:
-            raise RunError(f"{folder} holds a run already; go on with --resume, or give another --out")
-        _same_run(folder, recipe, about)
-    for path in (folder / "checkpoints").glob("epoch-*"):
-        if not path.is_dir():
-            raise RunError(f"{path} is a file where a checkpoint's folder belongs; remove it")
-    for stale in (folder / "checkpoints").glob(".part-*"):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    if checkpoints(folder):  # a kill may have come between the last checkpoint and its line
-        write_text(folder / "metrics.csv", _csv(read_progress(folder)))
-    write_text(folder / "recipe.yaml", dump(recipe))
-    record = {**about, "name": recipe.name, "versions": versions(), "command": sys.argv}
-    write_text(folder / "run.json", json.dumps(record, indent=1) + "\n")
-
-
-def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe of a run, under its own name, and what `open_run` wrote about it.
-
-    Raises:
-        RunError: it is no run folder.
-    """
-    path = folder / "recipe.yaml"
-    try:
-        about = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not isinstance(about, dict) or not all(isinstance(about.get(key), str) for key in ("name", "variant")):
-            raise ValueError("run.json names no recipe and variant")
-        path.stat()  # were it not there, `load` would take it for a recipe's name
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{folder} is no run folder of padfree-recipes train: {error}; give another folder, or put the file back"
-        ) from error
-    return load(path).model_copy(update={"name": about["name"]}), about
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -173,25 +138,27 @@ def save_checkpoint(accelerator: Any, model: nn.Module, folder: Path, progress: 
         if accelerator.is_main_process:
             weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
             save_file(weights, part / WEIGHTS)
-            files = {path.name: path.stat().st_size for path in part.iterdir()}
-            write_text(part / PROGRESS, json.dumps(asdict(_Saved(progress.epochs, files))))
-            _flush(part)
+            saved = _Saved(progress.epochs, {path.name: file_sum(path) for path in sorted(part.iterdir())})
+            write_text(part / PROGRESS, json.dumps(asdict(replace(saved, sha256=saved.sum()))))
+            _flush([*part.iterdir(), part])
             os.replace(part, final)
+            _flush([final.parent])
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise RunError(f"cannot write {final}: {_reason(error)}; --resume goes on from the epoch before") from error
     if accelerator.is_main_process:
-        write_text(folder / "metrics.csv", _csv(progress))
+        write_text(folder / "metrics.csv", table(progress))
         best = progress.best.epoch if progress.best else progress.done
+        kept = [f"epoch-{number:04}" for number in (progress.done, progress.done - 1, best)]
         for path in checkpoints(folder):
-            if path.name not in (final.name, f"epoch-{best:04}"):
-                shutil.rmtree(path)
+            if path.name not in kept:
+                remove(path)
     accelerator.wait_for_everyone()
     return final
 
 
 def load_checkpoint(accelerator: Any, model: nn.Module, folder: Path) -> None:
-    """Put a run's last checkpoint back into the accelerator's prepared objects, once all of it is known to be there.
+    """Put a run's last checkpoint, which `open_run` has checked, back into the accelerator's prepared objects.
 
     Args:
         accelerator: whose prepared objects are loaded, in every process.
@@ -202,11 +169,7 @@ def load_checkpoint(accelerator: Any, model: nn.Module, folder: Path) -> None:
         RunError: it is damaged.
     """
     path = checkpoints(folder)[-1]
-    saved = _read_saved(path)
     try:
-        for name, size in saved.files.items():
-            if (found := (path / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found} bytes of {size}")
         weights, own = load_file(path / WEIGHTS), model.state_dict()
         if {key: value.shape for key, value in weights.items()} != {key: value.shape for key, value in own.items()}:
             raise ValueError(f"{WEIGHTS} is not of this network")
@@ -215,20 +178,43 @@ def load_checkpoint(accelerator: Any, model: nn.Module, folder: Path) -> None:
         raise _damaged(path, error) from error
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages a run depends on."""
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
+def check_checkpoint(path: Path) -> Progress:
+    """Read a checkpoint's figures, and compare all of its files with the checksums that were written with them.
+
+    Without checksums (checkpoints of before there were any) lengths are compared, and states are read.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    saved = _read_saved(path)
+    try:
+        check_files(path, saved.files)
+        if not saved.sha256:
+            for file in path.iterdir():
+                check_readable(file)
+    except Exception as error:  # whatever reading another content as a state brings about
+        raise _damaged(path, error) from error
+    if not saved.sha256:
+        note(f"{path} was written before checkpoints had checksums; it can be read, and more is not known")
+    return Progress(saved.epochs)
+
+
+def last_whole(folder: Path) -> tuple[Path | None, Progress, list[RunError]]:
+    """The newest checkpoint of a run that is whole, where it stands, and what is wrong with newer ones."""
+    faults: list[RunError] = []
+    for path in reversed(checkpoints(folder)):
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed as a package"
-    return found
+            return path, check_checkpoint(path), faults
+        except RunError as error:
+            faults.append(error)
+    return None, Progress(), faults
 
 
 def _read_saved(path: Path) -> _Saved:
     try:
         saved = _SAVED.validate_json((path / PROGRESS).read_bytes(), strict=True)
+        if saved.sha256 and saved.sha256 != saved.sum():
+            raise ValueError(f"{PROGRESS} has another checksum than when it was written")
         last = int(path.name.removeprefix("epoch-"))
         if [item.epoch for item in saved.epochs] != [*range(1, last + 1)]:
             raise ValueError(f"{PROGRESS} does not tell the epochs up to this one")
@@ -238,10 +224,8 @@ def _read_saved(path: Path) -> _Saved:
 
 
 def _damaged(path: Path, error: Exception) -> RunError:
-    before = any(other < path for other in checkpoints(path.parent.parent))
-    remedy = (
-        "remove it to go on from the one before" if before else "there is none before it, so train into another folder"
-    )
+    before = [other.name for other in checkpoints(path.parent.parent) if other < path]
+    remedy = f"before it there is {before[-1]}" if before else "there is none before it, so train into another folder"
     return RunError(f"{path} is damaged ({_reason(error)}); {remedy}")
 
 
@@ -249,24 +233,14 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return ": ".join([PROGRESS, *(str(part) for part in first["loc"]), first["msg"]])
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    if "weights_only" in text or "Weights only" in text:  # torch's advice is to run what the file holds
+        return "a file of it holds something other than tensors, numbers and names"
+    return text[:200] or type(error).__name__
 
 
-def _same_run(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
-    before, record = read_run(folder)
-    unlike = [key for key, value in about.items() if record.get(key) != value]
-    old, new = before.model_dump(exclude={"name"}), recipe.model_dump(exclude={"name"})
-    for settings in (old, new):
-        for key in FREE_KEYS:
-            settings["data"].pop(key)
-    unlike += [key for key in new if new[key] != old[key]]
-    if unlike:
-        raise RunError(
-            f"{folder} is another run: {', '.join(unlike)} differ from what is asked for; give another --out"
-        )
-
-
-def _csv(progress: Progress) -> str:
+def table(progress: Progress) -> str:
+    """The figures by epoch as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(Epoch.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
@@ -274,9 +248,14 @@ def _csv(progress: Progress) -> str:
     return text.getvalue()
 
 
-def _flush(folder: Path) -> None:
-    """Have the system write a folder's files out, so that the rename never comes before them."""
-    for path in [*folder.iterdir(), folder]:
+def remove(path: Path) -> None:
+    """Remove a folder, a file or a link; never what a link points to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    """Have the system write files and folders out, so that a rename never comes before what it names."""
+    for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

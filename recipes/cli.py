@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TextIO
 
 from rich.markup import escape
 
+import padfree
 from padfree.errors import PadfreeError
 
 from .console import Console
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = _one_line(str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        message = f"needs the package {package}: pip install 'padfree[recipes]'"
+        message = f'needs the package {package}: pip install ".[recipes]" in the source folder of padfree'
     except KeyboardInterrupt:
         return _failed(f"interrupted{_going_on(argv)}", 130)
     except BrokenPipeError:
@@ -109,6 +110,7 @@ def _drop(stream: TextIO) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("list", help="names of all recipes")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import rich.console
 
 
@@ -11,3 +13,9 @@ class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
         """Let the BrokenPipeError through that rich is handling."""
         raise
+
+
+def note(text: str) -> None:
+    """Tell something that the user should know and need not act on: one line on standard error."""
+    if sys.stderr is not None:
+        print(f"padfree-recipes: note: {' '.join(text.split())}", file=sys.stderr, flush=True)

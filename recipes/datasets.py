@@ -6,26 +6,23 @@ to get it.
 
 from __future__ import annotations
 
+import os
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 
-from padfree.errors import PadfreeError
-
+from .images import DataError, ReaderImages, open_image
 from .recipe import Recipe
 from .transforms import compose
 
 Transform = Callable[[Any], Tensor]
 _READERS = ("hfds", "hfids", "tfds", "torch", "wds")  # timm's that take a name
-
-
-class DataError(PadfreeError):
-    """A data set is not there, not whole, or not what the recipe says."""
 
 
 def build_dataset(recipe: Recipe, train: bool) -> Any:
@@ -38,11 +35,16 @@ def build_dataset(recipe: Recipe, train: bool) -> Any:
     Raises:
         DataError: see the module.
     """
-    transform = compose(recipe.data.train if train else recipe.data.eval)
-    dataset = _SOURCES[recipe.data.dataset](recipe, train, transform)
+    dataset = open_dataset(recipe, train)
     if not isinstance(dataset, IterableDataset):
-        _check(recipe, dataset, train)
+        check_dataset(recipe, dataset, train)
     return dataset
+
+
+def open_dataset(recipe: Recipe, train: bool) -> Any:
+    """What `build_dataset` returns, before any of its images is looked at."""
+    transform = compose(recipe.data.train if train else recipe.data.eval)
+    return _SOURCES[recipe.data.dataset](recipe, train, transform)
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
@@ -70,20 +72,6 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(self.images[index]), self.targets[index]
-
-
-def open_image(path: str) -> Any:
-    """An RGB image from a file.
-
-    Raises:
-        DataError: the file is not there, damaged, or no image.
-    """
-    from torchvision.datasets.folder import default_loader
-
-    try:
-        return default_loader(path)
-    except Exception as error:  # Pillow's decoders raise kinds of their own
-        raise DataError(f"{path}: cannot be read as an image: {error}; fetch or extract it again") from error
 
 
 def _digits(recipe: Recipe, train: bool, transform: Transform) -> Any:
@@ -137,7 +125,8 @@ def _stanford_dogs(recipe: Recipe, train: bool, transform: Transform) -> Any:
 def fetch_stanford_dogs(root: Path, sources: Any) -> None:
     """Download (checksummed) and extract the archives that are not extracted yet.
 
-    Members that would land outside of `root` are refused by tarfile's data filter.
+    Members that would land outside of the folder, by name or through a link, are refused by tarfile's data
+    filter. An archive is extracted under another name first, so that what is there is whole.
     """
     from torchvision.datasets.utils import download_url
 
@@ -146,8 +135,10 @@ def fetch_stanford_dogs(root: Path, sources: Any) -> None:
             continue
         try:
             download_url(source["url"], str(root), source["filename"], source["md5"])
-            with tarfile.open(root / source["filename"]) as archive:
-                archive.extractall(root, filter="data")
+            with tarfile.open(root / source["filename"]) as archive, tempfile.TemporaryDirectory(dir=root) as part:
+                archive.extractall(part, filter="data")
+                for name in source["extracted_filenames"]:
+                    os.replace(Path(part) / name, root / name)
         except (OSError, RuntimeError, tarfile.TarError) as error:
             raise DataError(f"{source['url']}: could not be fetched to {root}: {error}") from error
 
@@ -206,7 +197,9 @@ def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
     )
     if everything and Path(str(root)).is_dir():  # what timm falls back to
         raise DataError(f"{root} has no folder for split {split!r}: put its images into {root}/{split}/<class>")
-    dataset.transform = transform
+    if not isinstance(dataset, IterableDataset):
+        return ReaderImages(dataset.reader, transform)
+    dataset.transform = transform  # type: ignore[attr-defined]
     return dataset
 
 
@@ -229,14 +222,19 @@ def _root(recipe: Recipe) -> Path:
         raise DataError(f"data.root {recipe.data.root}: {error}") from error
 
 
-def _check(recipe: Recipe, dataset: Any, train: bool) -> None:
-    """Look at the classes and at the first image."""
+def check_dataset(recipe: Recipe, dataset: Any, train: bool) -> None:
+    """Look at the classes and at the first image.
+
+    Raises:
+        DataError: there are none, or others than the recipe says.
+    """
     split = "training" if train else "test"
     where = recipe.data.root or recipe.data.dataset
     if len(dataset) == 0:
         raise DataError(f"{where}: the {split} set is empty")
-    reader = getattr(dataset, "reader", None)  # of timm's
-    kept = getattr(dataset, "classes", None), getattr(dataset, "unique_class_names", None)
+    source = dataset.dataset if isinstance(dataset, Subset) else dataset
+    reader = getattr(source, "reader", None)  # of timm's
+    kept = getattr(source, "classes", None), getattr(source, "unique_class_names", None)
     classes = next(filter(None, (*kept, getattr(reader, "class_to_idx", None))), None)
     if classes is not None and len(classes) != recipe.model.num_classes:
         raise DataError(

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .checkpoints import WEIGHTS, RunError, checkpoints, read_progress, read_run
+from .checkpoints import WEIGHTS, RunError, check_checkpoint, checkpoints, last_whole
+from .console import note
 from .loaders import eval_loader
 from .recipe import Recipe
+from .run_folder import read_run
 
 
 class Scores:
@@ -84,12 +86,18 @@ def evaluate_run(
     recipe, about = read_run(folder)
     if data_root is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data_root})})
-    progress = read_progress(folder)
+    last, progress, faults = last_whole(folder)
+    if last is None and faults:
+        raise faults[-1]
+    for fault in faults:
+        note(f"{fault}, and that is taken for the last one")
     best = progress.best
     if best is None:
         raise RunError(f"{folder} has no checkpoint yet: no epoch was finished")
     epoch = best.epoch if checkpoint == "best" else progress.done
     weights = folder / "checkpoints" / f"epoch-{epoch:04}" / WEIGHTS
+    if weights.parent != last:
+        check_checkpoint(weights.parent)
     accelerator = Accelerator(cpu=cpu)
     precision = _precision(recipe, about, accelerator.device)
     model = recipe.build(about["variant"])

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
 
+from .faults import faults
 from .recipe import Recipe
 
 LIBRARY = Path(__file__).parent / "library"
@@ -45,16 +46,16 @@ def load(name: str | os.PathLike[str], changes: Sequence[str] = ()) -> Recipe:
     data = _read(path)
     for change in changes:
         data = _changed(data, change)
-    where = f"{path} with {' '.join(changes)}" if changes else str(path)
+    where = f"{os.fspath(name)} with {' '.join(changes)}" if changes else os.fspath(name)
     if "name" in data:
         raise RecipeError(f"{where}: name: a recipe is named by its file; leave this key out")
     recipe_name = str(name) if str(name) in names() else str(path)
     try:
         return Recipe.model_validate({**data, "name": recipe_name})
     except ValidationError as error:
-        faults = "; ".join(_fault(item) for item in error.errors(include_url=False))
-        number = f"{error.error_count()} fault" + ("s" if error.error_count() > 1 else "")
-        raise RecipeError(f"{where}: {number}: {faults}") from None
+        found = faults(error, data, [change.partition("=")[0] for change in changes])
+        number = f"{len(found)} fault" + ("s" if len(found) > 1 else "")
+        raise RecipeError(f"{where}: {number}: {'; '.join(found)}") from None
 
 
 def find(name: str | os.PathLike[str]) -> Path:
@@ -144,12 +145,3 @@ def _changed(data: dict[str, Any], change: str) -> dict[str, Any]:
         raise RecipeError(f"{change!r}: {'.'.join(parents)} is a value, not a group of keys")
     place[last] = value
     return changed
-
-
-def _fault(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"]) or "the recipe"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    given = item.get("input")
-    shown = f" (it is {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{key}: {message}{shown}"

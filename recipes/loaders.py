@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from padfree.errors import PadfreeError
 
-from .datasets import build_dataset
+from .datasets import check_dataset, open_dataset
+from .images import readable
 from .recipe import Recipe
 
 
@@ -29,9 +30,11 @@ def train_loader(accelerator: Any, recipe: Recipe) -> Any:
             f"training.batch_size {batch} cannot be shared by {world} processes; set it to a multiple of {world}"
         )
     with accelerator.main_process_first():  # a download is done once
-        dataset = build_dataset(recipe, train=True)
+        dataset = open_dataset(recipe, train=True)
     if isinstance(dataset, IterableDataset):
         return _stream(dataset, recipe, batch // world)
+    dataset = readable(accelerator, recipe, dataset, "training")
+    check_dataset(recipe, dataset, train=True)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=batch,
@@ -49,10 +52,12 @@ def eval_loader(accelerator: Any, recipe: Recipe) -> Any:
     """Test batches of this process: every image in exactly one process, none twice."""
     world = accelerator.num_processes
     with accelerator.main_process_first():
-        dataset = build_dataset(recipe, train=False)
+        dataset = open_dataset(recipe, train=False)
     batch = max(1, recipe.training.batch_size // world)
     if isinstance(dataset, IterableDataset):
         return _stream(dataset, recipe, batch)
+    dataset = readable(accelerator, recipe, dataset, "test")
+    check_dataset(recipe, dataset, train=False)
     mine = Subset(dataset, range(accelerator.process_index, len(dataset), world))
     return DataLoader(
         mine,

@@ -28,7 +28,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
         model = _BUILDERS[spec.builder](spec)
     except ImportError as error:
         raise PadfreeError(
-            f"builder {spec.builder} needs the package {error.name}: pip install {error.name}"
+            f"builder {spec.builder} needs the package {error.name}: "
+            'pip install ".[recipes]" in the source folder of padfree'
         ) from error
     except Exception as error:  # builders raise kinds of their own
         named = f" {spec.name}" if spec.name else ""

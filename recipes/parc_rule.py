@@ -14,11 +14,13 @@ This is the extension point at work: a rule registered from outside of the core.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from padfree import Example, Match, Options, Rule, Skip, register
+from padfree.types import Detail
 
 from .parc import ParC, ParCPair
 
@@ -27,6 +29,15 @@ if TYPE_CHECKING:
     from padfree.rules.base import Editor, Sizes
 
 NAME = "parc"
+
+
+@dataclass(frozen=True)
+class Resize(Detail):
+    """A ParC operator of `channels` channels: the (height, width) of its new kernel, and if it has an embedding."""
+
+    channels: int
+    span: tuple[int, int]
+    position: bool
 
 
 def match(sites: Sites, options: Options) -> Iterable[Match | Skip]:
@@ -45,20 +56,18 @@ def follow(sites: Sites, options: Options, sizes: Sizes) -> Iterator[Match]:
         after = sizes.get(domain, before)
         side = after[module.dim - 2]
         if side != module.side:
-            detail = {
-                "channels": module.conv.in_channels,
-                "span": list(module.span(side)),
-                "position": module.position is not None,
-            }
+            detail = Resize(module.conv.in_channels, module.span(side), module.position is not None)
             yield Match(NAME, path, "", domain, before, before, after, detail)
 
 
 def rewrite(match: Match, editor: Editor) -> None:
     """Resize kernel and embedding to the new map."""
-    channels, span = match.detail["channels"], tuple(match.detail["span"])
+    detail = match.detail
+    assert isinstance(detail, Resize)
+    channels, span = detail.channels, detail.span
     editor.resize(f"{match.name}.conv.weight", (channels, 1, *span))
     editor.assign(f"{match.name}.conv", kernel_size=span)
-    if match.detail["position"]:
+    if detail.position:
         editor.resize(f"{match.name}.position", (1, channels, *span))
 
 
@@ -78,6 +87,7 @@ RULE = Rule(
     examples=(Example(_toy, (3, 16, 16), ("2.vertical", "2.horizontal")),),
     follow=follow,
     default=False,
+    details=(Resize,),
 )
 
 

@@ -7,9 +7,12 @@ settings".
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,10 +31,26 @@ PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # `true` is not 1
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 
 
-class Section(BaseModel):
-    """A part of a recipe: frozen, and without keys that nobody reads."""
+def _finite(value: Any) -> Any:
+    """A value without infinities in it, whatever it holds."""
+    waiting, seen = [value], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"input should be finite numbers, and {item} is among them")
+        if isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))  # YAML's aliases may repeat a value many times over
+            waiting += item.values() if isinstance(item, Mapping) else item
+    return value
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_finite)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, without keys that nobody reads, its numbers finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -48,7 +67,7 @@ class ModelSpec(Section):
 
     builder: Builder
     name: str | None = None
-    arguments: dict[str, Any] = {}
+    arguments: Arguments = {}
     strides: dict[str, PositiveInt] = {}
     num_classes: Annotated[int, Field(strict=True, ge=2)]
     input_side: PositiveInt
@@ -95,6 +114,8 @@ class DataSpec(Section):
         train_split, eval_split: split names (folder: sub-folders; timm: splits).
         train_samples, eval_samples: images per pass of a stream, where its reader cannot tell.
         train, eval: transforms in order, each a name of torchvision.transforms.v2 and its arguments.
+        check_images: read every image file once before the first epoch, and refuse those that are damaged.
+        skip_corrupt: go on without the damaged ones instead.
         drop_last: leave out the last, smaller batch of an epoch.
         workers: loading processes per training process.
     """
@@ -107,8 +128,10 @@ class DataSpec(Section):
     eval_split: str = "val"
     train_samples: PositiveInt | None = None
     eval_samples: PositiveInt | None = None
-    train: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)]
-    eval: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)]
+    train: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
+    eval: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
+    check_images: bool = True
+    skip_corrupt: bool = False
     drop_last: bool = False
     workers: NonNegativeInt = 0
 
@@ -128,6 +151,8 @@ class DataSpec(Section):
             raise ValueError(f"dataset {self.dataset} needs data.root, the folder it lies in")
         if (self.dataset == "timm") != (self.reader is not None):
             raise ValueError("data.reader and dataset: timm go together")
+        if self.skip_corrupt and not self.check_images:
+            raise ValueError("data.skip_corrupt needs data.check_images, which finds them")
         return self
 
 

@@ -29,9 +29,8 @@ from padfree.errors import PadfreeError
 from .checkpoints import (
     Epoch,
     Progress,
-    checkpoints,
+    last_whole,
     load_checkpoint,
-    open_run,
     read_progress,
     save_checkpoint,
 )
@@ -43,7 +42,8 @@ from .losses import orthonormal_loss
 from .models import check_images
 from .progress import ProgressBar
 from .recipe import Recipe
-from .schema import AdamWSpec, StepSpec
+from .run_folder import open_run
+from .schedules import make_optimizer, make_schedule, recompute
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 SEEDS = 2**31  # below it, a seed plus a process's number is one for every library
@@ -113,14 +113,15 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
             accelerator.device
         )
         accelerator.register_for_checkpointing(average)
-    optimizer = _optimizer(recipe, network)
-    schedule = _schedule(recipe, optimizer)
+    optimizer = make_optimizer(recipe, network)
+    schedule = make_schedule(recipe, optimizer)
     model, optimizer, schedule = accelerator.prepare(network, optimizer, schedule)
 
     evaluated = average.module if average is not None else accelerator.unwrap_model(model)
     progress = read_progress(folder)
     if progress.done:
         load_checkpoint(accelerator, evaluated, folder)
+        recompute(recipe, optimizer, schedule.scheduler, shown=accelerator.is_main_process)
     epochs = recipe.training.epochs
     with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
         for number in range(progress.done + 1, epochs + 1):
@@ -128,7 +129,7 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
             set_epoch(train_batches, number)
             step = Step(recipe, accelerator, model, optimizer, average, bar, folder, number)
             scores, seconds = step.epoch(train_batches)
-            rate = schedule.get_last_lr()[0]
+            rate = optimizer.param_groups[0]["lr"]
             schedule.step()
             tested = evaluate(evaluated, test_batches, recipe, accelerator.device)
             progress = _log(accelerator, progress, number, rate, scores, tested, seconds)
@@ -201,8 +202,8 @@ class Step:
         """Stop, in all processes alike, once a loss was not finite."""
         if torch.isfinite(self.accelerator.reduce(total.clone(), "sum")):
             return
-        saved = checkpoints(self.folder)
-        kept = f"the last good checkpoint is {saved[-1]}" if saved else "no epoch was finished"
+        saved, _, _ = last_whole(self.folder)
+        kept = f"the last good checkpoint is {saved}" if saved else "no epoch was finished"
         raise TrainingError(
             f"the loss is no longer finite in epoch {self.number}, {when} "
             f"(learning rate {self.optimizer.param_groups[0]['lr']:g}); {kept}; lower optimizer.lr or set "
@@ -244,28 +245,6 @@ def _open(run: Run, accelerator: Any, network: nn.Module) -> None:
             write_text(run.path / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")
-
-
-def _optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    spec = recipe.optimizer
-    if isinstance(spec, AdamWSpec):
-        return torch.optim.AdamW(model.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=spec.lr,
-        momentum=spec.momentum,
-        nesterov=spec.nesterov,
-        weight_decay=spec.weight_decay,
-    )
-
-
-def _schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    spec = recipe.schedule
-    if isinstance(spec, StepSpec):
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(spec.milestones), spec.gamma)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, recipe.training.epochs, eta_min=spec.final_fraction * recipe.optimizer.lr
-    )
 
 
 def _log(

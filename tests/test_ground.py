@@ -23,10 +23,9 @@ ORDER = (
     *(
         "errors",
         "geometry",
+        "indices",
         "types",
-        "native",
-        "pooling_training",
-        "pooling",
+        "kernels",
         "record",
         "analysis",
         "layers",
@@ -55,7 +54,7 @@ def test_import_padfree_loads_torch_alone() -> None:
         f"import sys, padfree; print([name for name in {heavy.split()!r} if name in sys.modules]);"
         "assert 'torch' in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.strip() == "[]"
     assert done.stderr == ""
 
@@ -133,7 +132,7 @@ def test_the_version_is_one() -> None:
 
 def test_requirements_and_commands() -> None:
     required = listed("options", "install_requires")
-    assert required == ["torch>=2.6", "torchvision", "timm", "fvcore", "safetensors", "rich"]
+    assert required == ["torch>=2.13", "torchvision", "timm", "fvcore", "safetensors", "rich"]
     extras = set(config()["options.extras_require"])
     assert extras == {"bsconv", "recipes", "onnx", "all", "test", "dev"}
     scripts = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="console_scripts")}
@@ -143,7 +142,7 @@ def test_requirements_and_commands() -> None:
 
 def test_the_recipe_files_are_installed() -> None:
     code = "from padfree.recipes.files import LIBRARY; print(len(list(LIBRARY.rglob('*.yaml'))))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert int(done.stdout) == len(list((ROOT / "recipes" / "library").rglob("*.yaml"))) >= 15
 
 
@@ -161,7 +160,7 @@ def test_the_readme_has_two_commands_from_a_fresh_clone() -> None:
     assert "pytest" in lines[1]
 
 
-@pytest.mark.parametrize("name", [".ci/run"])
+@pytest.mark.parametrize("name", [".ci/run", ".ci/oldest"])
 def test_scripts_can_be_run(name: str) -> None:
     assert os.access(ROOT / name, os.X_OK)
     subprocess.run(["bash", "-n", str(ROOT / name)], check=True)

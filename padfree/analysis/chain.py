@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from padfree.indices import ValueId
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -13,16 +15,16 @@ class Chain:
     a forward.
     """
 
-    conv: int
-    norm: int | None
-    act: int | None
+    conv: ValueId
+    norm: ValueId | None
+    act: ValueId | None
     norm_path: str
     act_path: str
     norm_last: bool = False
     act_last: bool = False
     formula: bool = False
 
-    def end(self, merge: str = "activation") -> int:
+    def end(self, merge: str = "activation") -> ValueId:
         """The value a sum is taken at: `merge`, or where the chain ends earlier, its end."""
         levels = [self.conv, self.norm, self.act][: {"conv": 1, "norm": 2, "activation": 3}[merge]]
         return [value for value in levels if value is not None][-1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from padfree.analysis.chain import Chain
-from padfree.geometry import effective_kernel, padfree_padding
+from padfree.geometry import effective_kernel, padfree_padding, size_text
+from padfree.indices import OpId, ValueId
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,11 @@ class Conv:
         fixed: its filter is not learnt (BlurPool): a pool rather than a convolution.
     """
 
-    op: int
+    op: OpId
     path: str
     is_module: bool
-    source: int
-    out: int
+    source: ValueId
+    out: ValueId
     in_channels: int
     out_channels: int
     kernel: tuple[int, int]
@@ -34,7 +35,7 @@ class Conv:
     dilation: tuple[int, int]
     groups: int
     padding: tuple[int, int, int, int]
-    pad: int
+    pad: OpId
     pad_mode: str
     fixed: bool
 
@@ -67,11 +68,11 @@ class Conv:
     def out_of_scope(self) -> str:
         """Why the method has nothing to say on this strided convolution, or ""."""
         if self.stride != (2, 2):
-            return f"its stride is {_by(self.stride)}; padding-free downsampling is defined for 2x2"
+            return f"its stride is {size_text(self.stride)}; padding-free downsampling is defined for 2x2"
         if self.pad_mode != "zeros":
             return f"it pads with {self.pad_mode}, not zeros: there is no made-up border to drop"
         if self.spans[0] % 2 == 0:
-            return f"its kernel spans {_by(self.spans)}; an odd kernel of at least 3 is needed"
+            return f"its kernel spans {size_text(self.spans)}; an odd kernel of at least 3 is needed"
         if not self.padded:
             return "it is padding-free already"
         return ""
@@ -79,7 +80,7 @@ class Conv:
     def trouble(self) -> str:
         """Why this stride-2 convolution cannot be given its padding-free form, or ""."""
         if self.spans[0] != self.spans[1] or self.padding[:2] != self.padding[2:]:
-            return f"its kernel {_by(self.spans)} or padding {self.padding} differs between the axes"
+            return f"its kernel {size_text(self.spans)} or padding {self.padding} differs between the axes"
         if not self.is_module:
             return "it is a function call; padfree rewrites convolution modules (use an nn.Conv2d)"
         return ""
@@ -90,7 +91,7 @@ class Site:
     """Convolutions that act as one strided convolution.
 
     Attributes:
-        convs: those with a kernel of at least 3; the first leads (largest kernel).
+        convs: those with a kernel of at least 3, the largest first.
         points: 1x1 strided convs summed with them, which read the centre pixel of the others' windows.
         source: the value the pool shortcut reads.
         chain: what follows (norm, activation).
@@ -101,17 +102,13 @@ class Site:
 
     convs: tuple[Conv, ...]
     points: tuple[Conv, ...]
-    source: int
+    source: ValueId
     chain: Chain
     dense: bool
     paired: tuple[Conv, ...]
     shortcut: bool
 
     @property
-    def lead(self) -> Conv:
-        """The conv the site is named after."""
+    def largest(self) -> Conv:
+        """The conv with the largest kernel; it carries the shortcut."""
         return self.convs[0]
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"

@@ -21,6 +21,7 @@ from padfree.analysis.kinds import (
     plain_kind,
 )
 from padfree.analysis.maps import Maps
+from padfree.indices import DomainId, OpId, ValueId
 from padfree.record.copies import in_mode
 from padfree.record.recorder import Op, Recorder
 from padfree.record.recording import Call
@@ -32,7 +33,7 @@ class Flow(Maps):
 
     # -- walking forward ------------------------------------------------------------------------
 
-    def linear_step(self, value: int) -> int | None:
+    def linear_step(self, value: ValueId) -> ValueId | None:
         """The value after the one norm, constant scale or shift, or view that reads `value`."""
         readers = self.consumers(value)  # that the model returns it too makes no other network
         if len(readers) != 1 or not self.ops[readers[0]].outputs:
@@ -43,7 +44,7 @@ class Flow(Maps):
             return op.outputs[0]
         return None
 
-    def chain(self, value: int) -> Chain:
+    def chain(self, value: ValueId) -> Chain:
         """The norm and activation that follow the convolution output `value`."""
         norm, norm_path, current, normed = None, "", value, False
         while (after := self.linear_step(current)) is not None:
@@ -62,7 +63,7 @@ class Flow(Maps):
             current if same or (normed and norm is None) else value if norm is None else norm
         )
         act_last = act is not None and not same and norm is None
-        if act_last:  # the map is laid out anew for its norm, and laid back behind its activation
+        if act_last:  # the map is laid out anew for its norm, and laid back after its activation
             act = self._laid_back(act, value)
         norm_path = norm_path if norm is not None or act_last else ""
         read = self.recording.calls_of[norm_path][0].inputs if norm_path else ()
@@ -73,20 +74,20 @@ class Flow(Maps):
         )
         return Chain(value, norm, act, norm_path, act_path, norm_last, act_last, formula)
 
-    def _laid_back(self, value: int | None, like: int) -> int | None:
+    def _laid_back(self, value: ValueId | None, like: ValueId) -> ValueId | None:
         """The value that views make of this one, of the shape that another has; None where they do not."""
         while value is not None and self.values[value].shape != self.values[like].shape:
             op = self.sole_consumer(value)
             value = op.outputs[0] if op is not None and plain_kind(op) in VIEWS else None
         return value
 
-    def acting(self, value: int) -> list[str]:
+    def acting(self, value: ValueId) -> list[str]:
         """Paths of the modules that pass `value` on, and only act in training."""
         return [call.path for call in self._passing.get(value, ()) if self._acts_in_training(call)]
 
     @functools.cached_property
-    def _passing(self) -> dict[int, list[Call]]:
-        table: dict[int, list[Call]] = {}
+    def _passing(self) -> dict[ValueId, list[Call]]:
+        table: dict[ValueId, list[Call]] = {}
         for call in self.recording.calls:
             if not call.ops and len(call.inputs) == 1 and call.inputs == call.outputs:
                 table.setdefault(call.inputs[0], []).append(call)
@@ -113,7 +114,7 @@ class Flow(Maps):
         heavy = {"convolution", "mm", "addmm", "bmm"}
         return "" if any(self.ops[index].kind in heavy for index in call.ops) else call.path
 
-    def activation(self, value: int) -> tuple[int | None, str]:
+    def activation(self, value: ValueId) -> tuple[ValueId | None, str]:
         """The value after the activation that reads `value`, and its module's path ("" for a function).
 
         An activation is a module call, a single operation or a formula that is pointwise, nonlinear and reads
@@ -132,7 +133,7 @@ class Flow(Maps):
             return first.outputs[0], ""
         return self._formula(value, first), ""
 
-    def _formula(self, value: int, first: Op) -> int | None:
+    def _formula(self, value: ValueId, first: Op) -> ValueId | None:
         """What several operations make of `value` that nothing else reads: y * sigmoid(y), y * relu6(y + 3) / 6."""
         known, bends = {value}, False
         for op in self.ops[first.index :]:
@@ -151,15 +152,15 @@ class Flow(Maps):
                 return self._scaled(end) if self.values[end].shape == self.values[value].shape else None
         return None
 
-    def _scaled(self, value: int) -> int:
-        """`value` behind the numbers that it is multiplied with, or added to."""
+    def _scaled(self, value: ValueId) -> ValueId:
+        """The value after the numbers that `value` is multiplied with, or added to."""
         while (op := self.sole_consumer(value)) is not None and plain_kind(op) in AFFINE and len(op.inputs) == 1:
             if self._scales_channels(op):
                 break
             value = op.outputs[0]
         return value
 
-    def in_other_block(self, op: Op, value: int) -> bool:
+    def in_other_block(self, op: Op, value: ValueId) -> bool:
         """Whether `op` lies in a module that `value` only enters and that has convolutions of its own.
 
         The norm and activation that a pre-activation block begins with are the block's, not those of the
@@ -179,7 +180,7 @@ class Flow(Maps):
         same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
         return same and any(plain_kind(op) in NONLINEAR for op in ops)
 
-    def feeds_only_attention(self, value: int) -> bool:
+    def feeds_only_attention(self, value: ValueId) -> bool:
         """Whether all that is made of `value` alone ends as one operand of attention products."""
         derived, met = {value}, False
         for op in self.ops[self.values[value].producer + 1 :]:
@@ -195,7 +196,7 @@ class Flow(Maps):
 
     # -- walking back ---------------------------------------------------------------------------
 
-    def linear_source(self, value: int) -> int:
+    def linear_source(self, value: ValueId) -> ValueId:
         """Back from `value` through norms, constant scales and views that nothing else reads."""
         while (op := self.producer(value)) is not None:
             kind = plain_kind(op)
@@ -206,9 +207,9 @@ class Flow(Maps):
             value = op.inputs[0]
         return value
 
-    def reaches(self, value: int, target: int) -> tuple[bool, bool]:
+    def reaches(self, value: ValueId, target: ValueId) -> tuple[bool, bool]:
         """(whether `value` is made of `target`, whether by way of an activation or max-pool)."""
-        nonlinear: dict[int, bool] = {value: False}
+        nonlinear: dict[ValueId, bool] = {value: False}
         found, bent = value == target, False
         stack = [value]
         while stack:
@@ -228,7 +229,7 @@ class Flow(Maps):
 
     # -- module calls ---------------------------------------------------------------------------
 
-    def visible(self, value: int, call: Call) -> bool:
+    def visible(self, value: ValueId, call: Call) -> bool:
         """Whether `value` is an input of `call`, or made by an operation or a child call of its own forward."""
         if value in call.inputs:
             return True
@@ -239,19 +240,34 @@ class Flow(Maps):
             inner.parent == call.index and value in inner.outputs for inner in self.recording.ancestors(op.call)
         )
 
-    def blocks(self, inside: int, *values: int) -> list[Call]:
+    def blocks(self, inside: OpId, *values: ValueId) -> list[Call]:
         """Calls around operation `inside` whose own forward holds all `values`, innermost first."""
         around = self.recording.ancestors(self.ops[inside].call)
         return [call for call in around if all(self.visible(value, call) for value in values)]
 
     @functools.cached_property
-    def entries(self) -> dict[int, list[Op]]:
+    def entries(self) -> dict[DomainId, list[Op]]:
         """By domain, the convolutions and pools that enter it from a map of another size."""
-        table: dict[int, list[Op]] = {}
+        table: dict[DomainId, list[Op]] = {}
         for op in self.ops:
             if op.kind != "convolution" and op.kind not in MAX_POOLS | AVG_POOLS:
                 continue
             source, out = data_input(op), op.outputs[0]
             if self.is_map(source) and self.is_map(out) and self.size(source) != self.size(out):
                 table.setdefault(self.domain(out), []).append(op)
+        return table
+
+    @functools.cached_property
+    def pinned(self) -> dict[int, Op]:
+        """By domain, an operator of another library that reads a map of it beside a larger one.
+
+        Nothing says how the sizes of the two must fit, so neither may change alone.
+        """
+        table: dict[int, Op] = {}
+        for op in self.ops:
+            maps = [value for value in op.inputs if self.is_map(value)] if op.foreign else []
+            largest = max((self.size(value) for value in maps), default=(0, 0))
+            for value in maps:
+                if self.size(value) not in (largest, (1, 1)):
+                    table.setdefault(self.domain(value), op)
         return table

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from padfree.indices import ValueId
 from padfree.record.recorder import Op
 from padfree.record.trees import Ref
 
@@ -61,11 +64,16 @@ def plain_kind(op: Op) -> str:
     return op.kind[:-1] if op.kind.endswith("_") else op.kind
 
 
-def data_input(op: Op) -> int:
+def data_input(op: Op) -> ValueId:
     """The map a convolution or pool reads."""
     first = op.args[0][0]
     assert isinstance(first, Ref)
     return first.value
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """A setting of a convolution or pool for both axes: (2, 2) from 2, (2,) or (2, 2)."""
+    return (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
 
 
 def strides(op: Op) -> tuple[int, ...]:

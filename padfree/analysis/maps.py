@@ -7,6 +7,7 @@ because some operation needs them equal; every stride-2 operation entering a dom
 from __future__ import annotations
 
 from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, VIEWS, data_input, plain_kind
+from padfree.indices import DomainId, OpId, ValueId
 from padfree.record.recorder import Op
 from padfree.record.recording import Recording
 
@@ -18,49 +19,53 @@ class Maps:
         self.recording = recording
         self.values = recording.values
         self.ops = recording.ops
-        self._parent: dict[int, int] = {}
-        self._tag: dict[int, tuple[int, int]] = {}
-        self._maps: set[int] = set()
+        self._parent: dict[ValueId, ValueId] = {}
+        self._tag: dict[ValueId, tuple[int, int]] = {}
+        self._maps: set[ValueId] = set()
         self._find_domains()
 
     # -- values ---------------------------------------------------------------------------------
 
-    def consumers(self, value: int) -> list[int]:
+    def consumers(self, value: ValueId) -> list[OpId]:
         """Indices of the operations that read `value`."""
         return self.recording.consumers.get(value, [])
 
-    def sole_consumer(self, value: int) -> Op | None:
+    def sole_consumer(self, value: ValueId) -> Op | None:
         """The operation that reads `value`, if there is one only and the model does not return it."""
         found = self.consumers(value)
         if len(found) != 1 or value in self.recording.outputs:
             return None
         return self.ops[found[0]]
 
-    def producer(self, value: int) -> Op | None:
+    def producer(self, value: ValueId) -> Op | None:
         """The operation that made `value`."""
         index = self.values[value].producer
         return None if index < 0 else self.ops[index]
 
-    def size(self, value: int) -> tuple[int, int]:
+    def size(self, value: ValueId) -> tuple[int, int]:
         """(H, W) of a map."""
         shape = self.values[value].shape
         return (shape[2], shape[3])
 
-    def is_map(self, value: int) -> bool:
+    def is_map(self, value: ValueId) -> bool:
         """Whether `value` is laid out (N, C, H, W)."""
         return value in self._maps
 
     # -- domains --------------------------------------------------------------------------------
 
-    def domain(self, value: int) -> int:
-        """The smallest value index of the domain `value` belongs to."""
+    def domain(self, value: ValueId) -> DomainId:
+        """The domain `value` belongs to."""
+        return DomainId(self._root(value))
+
+    def _root(self, value: ValueId) -> ValueId:
+        """The smallest value of its domain."""
         while self._parent[value] != value:
             self._parent[value] = self._parent[self._parent[value]]
             value = self._parent[value]
         return value
 
-    def _union(self, a: int, b: int) -> None:
-        a, b = self.domain(a), self.domain(b)
+    def _union(self, a: ValueId, b: ValueId) -> None:
+        a, b = self._root(a), self._root(b)
         self._parent[max(a, b)] = min(a, b)
 
     def _find_domains(self) -> None:
@@ -73,21 +78,21 @@ class Maps:
                 if self.values[out].live:
                     self._place(out, op.inputs)
 
-    def _claim(self, value: int) -> None:
+    def _claim(self, value: ValueId) -> None:
         """What a convolution or pool reads is a map, however it was laid out before."""
         shape = self.values[value].shape
         if value in self._parent and value not in self._maps and len(shape) == 4:
             self._maps.add(value)
             self._tag[value] = (shape[2], shape[3])
 
-    def _place(self, value: int, inputs: tuple[int, ...]) -> None:
+    def _place(self, value: ValueId, inputs: tuple[ValueId, ...]) -> None:
         """Give a new value its domain: that of the inputs of its size, or one of its own."""
         self._parent[value] = value
         shape = self.values[value].shape
         side = (shape[2], shape[3]) if len(shape) == 4 else None
         carried = [source for source in inputs if source in self._tag]
         alike = [source for source in carried if self._tag[source] == side]
-        wide = [source for source in carried if self._tag[source] != (1, 1)]  # gates of one pixel aside
+        wide = [source for source in carried if self._tag[source] != (1, 1)]  # but a squeeze-excitation's of one pixel
         if side is not None and (alike or self._makes_map(value, carried)):
             self._maps.add(value)
             self._tag[value] = side
@@ -99,7 +104,7 @@ class Maps:
             for source in wide:
                 self._union(value, source)
 
-    def _makes_map(self, value: int, carried: list[int]) -> bool:
+    def _makes_map(self, value: ValueId, carried: list[ValueId]) -> bool:
         """Whether a 4-d value of a new size is a map, rather than one laid out (N, H, W, C)."""
         op = self.producer(value)
         shape = self.values[value].shape

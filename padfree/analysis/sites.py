@@ -25,9 +25,11 @@ from padfree.analysis.kinds import (
     PRODUCTS,
     VIEWS,
     data_input,
+    pair,
     plain_kind,
 )
-from padfree.record.recorder import Op
+from padfree.indices import ValueId
+from padfree.record.recorder import NO_OP, Op
 from padfree.record.trees import Ref
 
 _PARTS = frozenset({"slice", "split", "split_with_sizes", "unbind", "select"})
@@ -60,12 +62,12 @@ class Sites:
         positional = op.args[0]
         weight = flow.values[positional[1].value].shape
         source = data_input(op)
-        pad, sides, mode = -1, (0, 0, 0, 0), "zeros"
+        pad, sides, mode = NO_OP, (0, 0, 0, 0), "zeros"
         before = flow.producer(source)
         if before is not None and before.kind in _PADS and len(flow.consumers(source)) == 1:
             pad, sides, mode = before.index, *_pad(before)
             source = data_input(before)
-        own = _pair(positional[4])
+        own = pair(positional[4])
         padding = (sides[0] + own[0], sides[1] + own[0], sides[2] + own[1], sides[3] + own[1])
         path, is_module = self._owner(op)
         if is_module and pad < 0:  # circular padding is made of copies, no pad operation
@@ -74,11 +76,11 @@ class Sites:
         return Conv(
             op=op.index, path=path, is_module=is_module, source=source, out=op.outputs[0],
             in_channels=channels, out_channels=weight[0], kernel=(weight[2], weight[3]),
-            stride=_pair(positional[3]), dilation=_pair(positional[5]), groups=positional[8],
+            stride=pair(positional[3]), dilation=pair(positional[5]), groups=positional[8],
             padding=padding, pad=pad, pad_mode=mode, fixed=not self._learnt(positional[1].value),
         )  # fmt: skip
 
-    def _learnt(self, weight: int, unnamed: bool = True) -> bool:
+    def _learnt(self, weight: ValueId, unnamed: bool = True) -> bool:
         """Whether a weight is a parameter (`unnamed`: or a tensor of no module), or made from one or from the input."""
         stack, seen = [weight], {weight}
         while stack:
@@ -115,7 +117,7 @@ class Sites:
         """
         return tuple(conv for conv in self.convs.values() if self._is_image(conv.source))
 
-    def _is_image(self, value: int) -> bool:
+    def _is_image(self, value: ValueId) -> bool:
         """Whether nothing that `value` is made of but the network's input went through a layer that learns."""
         found, seen, stack = False, {(value, False)}, [(value, False)]
         while stack:
@@ -142,7 +144,7 @@ class Sites:
         heavy = op.kind in PRODUCTS | ATTENTION or op.kind == "convolution"
         return heavy and (len(op.inputs) > 1 or any(self._learnt(ref, unnamed=False) for ref in others))
 
-    def read_by(self, op: Op) -> int:
+    def read_by(self, op: Op) -> ValueId:
         """The map that a convolution or pool reads, before a pad that only it reads."""
         if op.index in self.convs:
             return self.convs[op.index].source
@@ -150,7 +152,7 @@ class Sites:
         pad = self.flow.producer(source)
         return data_input(pad) if pad is not None and pad.kind == "constant_pad_nd" else source
 
-    def conv_making(self, value: int) -> Conv | None:
+    def conv_making(self, value: ValueId) -> Conv | None:
         """The convolution that made `value`."""
         producer = self.flow.producer(value)
         return None if producer is None else self.convs.get(producer.index)
@@ -177,7 +179,7 @@ class Sites:
             chain = replace(chain, norm_path=flow.chain(convs[0].out).norm_path)
         return Site(tuple(convs), points, source, chain, dense, paired, shortcut)
 
-    def _split_parts(self, conv: Conv) -> tuple[list[Conv], int, int]:
+    def _split_parts(self, conv: Conv) -> tuple[list[Conv], ValueId, ValueId]:
         """Convs over the parts of one split, concatenated again in order (MixConv)."""
         flow, alone = self.flow, ([conv], conv.source, conv.out)
         cat = flow.sole_consumer(conv.out)
@@ -192,7 +194,7 @@ class Sites:
             return alone
         return members, split.inputs[0], cat.outputs[0]
 
-    def _summed(self, conv: Conv) -> tuple[list[Conv], int]:
+    def _summed(self, conv: Conv) -> tuple[list[Conv], ValueId]:
         """Linear branches of one input, each conv -> norm, summed: members and the sum's value."""
         flow = self.flow
         members, best = [conv], conv.out
@@ -214,14 +216,14 @@ class Sites:
             members += branch
             value = best = op.outputs[0]
 
-    def _adapted(self, conv: Conv) -> int | None:
+    def _adapted(self, conv: Conv) -> ValueId | None:
         """What a 1x1 conv makes of a dense conv that nothing else reads: the two are an adapter of low rank."""
         op = self.flow.sole_consumer(conv.out)
         point = None if op is None else self.convs.get(op.index)
         low = point is not None and point.pointwise and point.stride == (1, 1) and point.groups == 1
         return point.out if point is not None and low and conv.groups == 1 else None
 
-    def _branch(self, value: int, source: int) -> list[Conv] | None:
+    def _branch(self, value: ValueId, source: ValueId) -> list[Conv] | None:
         """The convs of a sum of linear one-conv branches that lead from `source` to `value`, else None."""
         flow = self.flow
         op = flow.producer(value)
@@ -253,7 +255,7 @@ class Sites:
             pair.insert(0, point)
             source = point.source
 
-    def _is_shortcut(self, source: int, value: int, *, preact: bool = False) -> bool:
+    def _is_shortcut(self, source: ValueId, value: ValueId, *, preact: bool = False) -> bool:
         """Whether only linear operations lead from a fork through here to a sum with a nonlinear branch."""
         flow = self.flow
         source = self._fork(source, preact)
@@ -283,7 +285,7 @@ class Sites:
         kind = plain_kind(op)
         return op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)
 
-    def _fork(self, value: int, preact: bool) -> int:
+    def _fork(self, value: ValueId, preact: bool) -> ValueId:
         """Back from `value` through linear operations and convs to a value that several operations read.
 
         With `preact` also through the activation of a norm -> act that the branch begins with.
@@ -304,10 +306,6 @@ class Sites:
         return self._is_shortcut(data_input(op), op.outputs[0], preact=True)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[-1])
-
-
 def _pad(op: Op) -> tuple[tuple[int, int, int, int], str]:
     amounts = (*op.args[0][1], 0, 0, 0, 0)[:4]
     left, right, top, bottom = amounts
@@ -319,7 +317,7 @@ def _pad(op: Op) -> tuple[tuple[int, int, int, int], str]:
     return (top, bottom, left, right), mode
 
 
-def _refs(tree: Any) -> Iterator[int]:
+def _refs(tree: Any) -> Iterator[ValueId]:
     """Values among recorded arguments."""
     if isinstance(tree, Ref):
         yield tree.value

@@ -18,10 +18,11 @@ from typing import Any, NoReturn
 from torch import nn
 
 import padfree
+from padfree import kernels
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
-from padfree.files.checkpoint import load_weights, read_checkpoint
+from padfree.files.checkpoint import load_checkpoint
 from padfree.files.sources import Source
 from padfree.files.weights import save
 from padfree.files.writing import all_or_none, check_target, replacing
@@ -32,7 +33,10 @@ _EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are dow
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are PadfreeErrors: one line, like all others."""
+    """An argument parser whose errors are PadfreeErrors: one line, like all others. Flags are written out."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise PadfreeError(f"{message} (see {self.prog} --help)")
@@ -69,7 +73,7 @@ def _failed(message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
-    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
+    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}; {kernels.describe()}")
     model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
     model.add_argument("--timm", metavar="NAME", help="a timm model")
     model.add_argument("--torchvision", metavar="NAME", help="a torchvision model")
@@ -120,7 +124,7 @@ def _convert(
     """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
     original = source.create(arguments.pretrained)
     if arguments.checkpoint is not None:
-        load_weights(original, read_checkpoint(arguments.checkpoint), Path(arguments.checkpoint), any_age=True)
+        load_checkpoint(original, arguments.checkpoint)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _plan(original, arguments, size)
     comparison = None
@@ -226,7 +230,7 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
     content = made.to_dict()
-    return report | {"options": content["options"], "matches": content["matches"], "skips": content["skips"]}
+    return report | {name: content[name] for name in ("options", "matches", "skips", "outputs")}
 
 
 def _write_models(

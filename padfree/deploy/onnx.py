@@ -92,7 +92,8 @@ def _need(*packages: str) -> None:
 
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise PadfreeError(f"writing ONNX needs {', '.join(missing)}: pip install padfree[onnx]")
+        advice = 'pip install ".[onnx]" in the source folder of padfree'
+        raise PadfreeError(f"writing ONNX needs {', '.join(missing)}: {advice}")
 
 
 def _name_axes(onnx_program: Any, dynamic_sides: bool) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.record.inputs import random_images, size_text
+from padfree.geometry import size_text
+from padfree.record.inputs import random_images
 from padfree.record.trees import first_line, tensors
 
 __all__ = ["check_onnx"]

@@ -18,7 +18,9 @@ from padfree.deploy.blame import cause, place_in_graph, place_in_model
 from padfree.deploy.guards import allow_single_pixels
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
-from padfree.record.inputs import check_input_size, default_input_size, random_images, size_text
+from padfree.geometry import size_text
+from padfree.kernels import DECOMPOSITIONS
+from padfree.record.inputs import check_input_size, default_input_size, random_images
 from padfree.record.trees import first_line
 
 HINT = "Hint: a network tied to one image size takes dynamic_sides=False (--fixed-sides)"
@@ -92,6 +94,9 @@ def exported(
             program = torch.export.export(model, (example,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise PadfreeError(_export_failure(model, error, size, dynamic_sides)) from error
+    if any(node.target in DECOMPOSITIONS for node in program.graph.nodes):  # files are read where padfree is not
+        with quietly(), _small_maps():
+            program = program.run_decompositions(DECOMPOSITIONS)
     return program, size
 
 

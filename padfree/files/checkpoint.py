@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,12 @@ from padfree.files.writing import as_path
 from padfree.record.trees import first_line
 
 KEY = "padfree"  # of the metadata, in files of converted networks
-_WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+# where state dicts lie in what training writes: the trained ones before running averages of them
+_TRAINED = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "weights", "params", "module")
+_AVERAGES = (
+    *("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "model_ema_state_dict", "ema_model_state_dict"),
+    *("ema", "net_ema", "params_ema"),
+)
 _COUNT = ".num_batches_tracked"
 _PREFIXES = ("module.", "_orig_mod.")
 _AVERAGED = "n_averaged"  # an entry of `torch.optim.swa_utils.AveragedModel`
@@ -28,8 +33,9 @@ _ADVICE = 'save {"state_dict": model.state_dict()} alone, or safetensors'
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read the weights of an unconverted network: safetensors, or a torch file of tensors alone.
 
-    A state dict may lie under "state_dict" or "model", or else under "state_dict_ema" or "model_ema"; its
-    keys may begin with what wrappers put before them ("module.", "_orig_mod.").
+    A state dict may lie under "state_dict", "model", "model_state_dict", "net" and the like, or else under
+    "ema", "state_dict_ema", "model_ema" and the like; its keys may begin with what wrappers put before them
+    ("module.", "_orig_mod.").
 
     Raises:
         FileError: the file is missing, unreadable, or holds anything but plain tensors.
@@ -91,6 +97,26 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, *,
     model.load_state_dict(dict(tensors))
 
 
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights of an unconverted network from a file of others; the model is untouched when they do not fit.
+
+    Where all keys begin alike ("model.", "backbone.", "encoder."), that prefix is left out if more of them fit then.
+
+    Raises:
+        FileError: see `read_checkpoint` and `load_weights`.
+    """
+    tensors, own = read_checkpoint(path), model.state_dict().keys()
+    forms = [tensors, *_without_prefixes(tensors)]
+    load_weights(model, max(forms, key=lambda form: len(own & form.keys())), Path(path), any_age=True)
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Without the name that all keys begin with, as often as there is one."""
+    while all("." in key for key in tensors) and len({key.partition(".")[0] for key in tensors}) == 1:
+        tensors = {key.partition(".")[2]: value for key, value in tensors.items()}
+        yield tensors
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file.
 
@@ -132,14 +158,31 @@ def _read_torch(path: Path, head: bytes) -> Any:
 
 
 def _state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    seen: set[int] = set()  # a pickle may hold itself
+    while isinstance(content, Mapping) and id(content) not in seen and (key := _wrapper(path, content)) is not None:
+        seen.add(id(content))
+        content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise FileError(f"{path} holds a {type(content).__name__}, not a state dict")
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise FileError(f"{path} holds more than tensors; save model.state_dict() alone")
     return dict(content)
+
+
+def _wrapper(path: Path, content: Mapping[Any, Any]) -> str | None:
+    """The key that a state dict lies under.
+
+    Raises:
+        FileError: there are several, and none of them goes before the others.
+    """
+    for names in (_TRAINED, _AVERAGES):
+        held = [name for name in names if isinstance(content.get(name), Mapping) and content[name]]
+        filled = [name for name in held if any(isinstance(item, (Tensor, Mapping)) for item in content[name].values())]
+        if len(filled) > 1:
+            raise FileError(f"{path} holds several networks ({', '.join(filled)}); {_ADVICE}, of the one you mean")
+        if held:
+            return (filled or held)[0]
+    return None
 
 
 def _kind(value: Tensor) -> str:

@@ -13,6 +13,7 @@ import importlib
 import inspect
 import itertools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -26,8 +27,11 @@ from padfree.errors import PadfreeError
 
 LIBRARIES = ("timm", "torchvision", "bsconv", "factory")
 
-# a weight file may not make its reader download or open anything
-_FORBIDDEN = ("pretrained", "weights", "checkpoint", "cfg", "cache", "progress", "file")
+# a weight file may not make its reader download or open anything, or build on another device than the CPU
+_FORBIDDEN = ("pretrained", "weights", "checkpoint", "cfg", "cache", "progress", "file", "url", "hub", "hf", "device")
+
+
+_LIBRARY_NAME = r"[\w.-]+"  # timm takes "hf-hub:..." and "local-dir:..." for places to read networks from
 
 
 class SourceError(PadfreeError):
@@ -51,8 +55,8 @@ class Source:
     def __post_init__(self) -> None:
         if self.library not in LIBRARIES:
             raise SourceError(f"no model library {self.library!r}; there are {', '.join(LIBRARIES)}")
-        for key in self.kwargs:
-            if any(part.startswith(_FORBIDDEN) for part in key.split("_")):
+        for key in _keys(self.kwargs):
+            if any(part.startswith(_FORBIDDEN) for part in key.lower().split("_")):
                 raise SourceError(f"a model source may not set {key!r}: it builds a network without weights")
 
     def __str__(self) -> str:
@@ -103,7 +107,7 @@ class Source:
 
 def _timm(name: str, kwargs: dict[str, Any], pretrained: bool) -> nn.Module:
     timm = _import("timm")
-    if not timm.is_model(name):
+    if not re.fullmatch(_LIBRARY_NAME, name) or not timm.is_model(name):
         raise _unknown("timm", name, timm.list_models())
     with _building("timm", name):
         return _module(timm.create_model(name, pretrained=pretrained, **kwargs), name)
@@ -183,7 +187,7 @@ def _import(name: str, extra: str = "") -> ModuleType:
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
     except ImportError as error:
-        hint = f'; pip install "padfree[{extra}]"' if extra else ""
+        hint = f'; pip install ".[{extra}]" in the source folder of padfree' if extra else ""
         raise SourceError(f"cannot import {name}: {error}{hint}") from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise SourceError(
@@ -217,6 +221,17 @@ def _working_directory() -> Iterator[None]:
         yield
     finally:
         sys.path.remove(here)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """The keys of a mapping and of all mappings in it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield str(key)
+            yield from _keys(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _keys(item)
 
 
 def _module(built: Any, name: str) -> nn.Module:

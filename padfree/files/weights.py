@@ -1,8 +1,9 @@
 """Weight files that know their network: safetensors with the model's source and the plan in the metadata.
 
 `load` builds the source model by name, applies the plan and loads the weights strictly. Nothing in a
-file is evaluated or unpickled; but a source of kind "factory" names a function of the user's own code,
-which `load` imports and calls, so open such files only where that code may run.
+file is evaluated, unpickled, downloaded or imported: only models of timm, torchvision and bsconv are built
+by their names, from numbers, strings and lists, and no larger than the file's weights allow. Where the source
+is a factory of the user's own, the caller of `load` passes that function.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ from torch import Tensor, nn
 
 from padfree.convert import Plan
 from padfree.errors import FileError, PadfreeError
+from padfree.files.bounds import check_content, check_input, size_limit
 from padfree.files.checkpoint import KEY, load_weights, read_safetensors, some
-from padfree.files.sources import Source
+from padfree.files.sources import Source, SourceError
 from padfree.files.writing import as_path, check_target, replacing
 from padfree.record.copies import bare_copy, kept_random_state
-from padfree.record.inputs import example_inputs
+from padfree.record.inputs import check_input_size, example_inputs
 from padfree.record.trees import collect, first_line
 
 FILE_FORMAT = 1
+Forms = dict[str, tuple[int, ...]]
+Rebuild = Callable[[nn.Module, tuple[int, ...]], nn.Module]
+FORMS: dict[str, tuple[Callable[[nn.Module], tuple[int, ...] | None], Rebuild]] = {}
+"""Further forms of converted networks, by the name that files have for them: what tells the size (C, H, W) that a
+network was given the form at (None: it has not got it), and what gives it to a converted network in eval mode."""
 _LARGER = 64  # pixels a side; on a map of a single point, pooling by mean and by maximum are the same
 _TOLERANCE = 1e-4  # of the largest output; equal networks on equal inputs differ by rounding at most
 
@@ -44,7 +51,7 @@ def save(
     training mode, frozen parameters) is not kept.
 
     Args:
-        model: a network made by `convert` or `Plan.apply`.
+        model: a network made by `convert` or `Plan.apply`, or what `fuse` made of one.
         path: where to write; the folder must exist.
         source: the unconverted model: "timm:NAME", "torchvision:NAME", "bsconv:NAME",
             "package.module:factory", or a dictionary with `library`, `name` and `kwargs` (numbers,
@@ -61,7 +68,8 @@ def save(
     target = check_target(path)
     tensors = _tensors(model)
     try:
-        text = json.dumps({"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()})
+        content = {"format": FILE_FORMAT, "source": origin.to_dict(), "plan": plan.to_dict()}
+        text = json.dumps(content | {"forms": _forms(model)})
     except (TypeError, ValueError) as error:
         raise FileError(f"{origin} cannot be written down: {error}; kwargs are numbers, strings, lists") from error
     _check_rebuilt(model, tensors, *_content(target, {KEY: text}))
@@ -75,18 +83,38 @@ def save(
             raise FileError(f"cannot write {target}: {first_line(error)}") from error
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], *, factory: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Rebuild a converted network from a file that `save` wrote, on the CPU, in eval mode.
 
+    Args:
+        path: of the file.
+        factory: builds the unconverted network, in place of what the file names; it is called with the keyword
+            arguments that the file keeps. Files whose source is a function ("package.module:factory") need it,
+            because a file does not choose what is imported and called.
+
     Raises:
-        FileError: the file is missing, damaged, truncated or not padfree's, its source cannot be built, its
-            plan does not fit the source any more, or its weights do not fit.
+        FileError: the file is missing, damaged, truncated or not padfree's, its source cannot be built or needs
+            `factory`, its plan does not fit the source any more, or its weights do not fit.
     """
     path = as_path(path)
+    if factory is not None and not callable(factory):
+        raise FileError(f"factory is {factory!r}; pass the function that builds the unconverted network")
     tensors, metadata = read_safetensors(path)
-    source, plan = _content(path, metadata)
+    source, plan, forms = _content(path, metadata)
+    if factory is None and source.library == "factory":
+        raise FileError(
+            f"{path}: its network is built by {source.name!r}, which is not called because a file names it; if you "
+            "trust that function, import it and pass it: load(path, factory=...)"
+        )
+
+    def build() -> nn.Module:
+        if factory is not None:
+            return factory(**source.kwargs)
+        with size_limit(tensors):
+            return source.create()
+
     try:
-        model = _rebuild(source, plan)
+        model = _rebuild(build, plan, forms)
     except PadfreeError as error:
         raise FileError(f"{path}: {source} with the plan of this file cannot be built: {error}") from error
     floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
@@ -96,15 +124,25 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def _rebuild(source: Source, plan: Plan) -> nn.Module:
-    """The network of a source and a plan, with fresh weights.
+def _forms(model: nn.Module) -> Forms:
+    sizes = ((name, size_of(model)) for name, (size_of, _) in FORMS.items())
+    return {name: size for name, size in sizes if size is not None}
+
+
+def _rebuild(build: Callable[[], nn.Module], plan: Plan, forms: Forms) -> nn.Module:
+    """The network of a builder and a plan, in its form, with fresh weights.
 
     Raises:
         PadfreeError: whatever went wrong; a damaged plan may ask for anything.
     """
-    original = source.create()
     try:
-        return plan.apply(original, inplace=True)
+        original = build()
+        if not isinstance(original, nn.Module):
+            raise SourceError(f"factory made a {type(original).__name__}, not an nn.Module")
+        model = plan.apply(original, inplace=True)
+        for name, size in forms.items():
+            model = FORMS[name][1](model.eval(), size)
+        return model
     except PadfreeError:
         raise
     except (Exception, SystemExit) as error:
@@ -142,11 +180,11 @@ def _timm_source(model: nn.Module, plan: Plan) -> Source:
     return Source("timm", str(config["architecture"]), kwargs)
 
 
-def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan) -> None:
+def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan, forms: Forms) -> None:
     """Refuse to write a file that `load` could not read, or would read as another network."""
     with kept_random_state():
         try:
-            rebuilt = _rebuild(source, plan)
+            rebuilt = _rebuild(source.create, plan, forms)
         except PadfreeError as error:
             raise FileError(f"{source} does not take this network's plan ({error}); pass source=") from error
         fresh = rebuilt.state_dict()
@@ -206,9 +244,10 @@ def _close(expected: list[Tensor], found: list[Tensor] | None) -> bool:
     return True
 
 
-def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
+def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan, Forms]:
     if KEY not in metadata:
         raise FileError(f"{path} was not written by padfree.save: it holds weights without a plan")
+    check_content(path, metadata[KEY])
     try:
         content = json.loads(metadata[KEY])
         if not isinstance(content, dict) or content.get("format") != FILE_FORMAT:
@@ -217,8 +256,12 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan]:
         plan = Plan.from_dict(content["plan"])
         if not isinstance(plan, Plan):
             raise TypeError(f"a {type(plan).__name__}")
-        return Source.from_dict(content["source"]), plan
+        forms = {name: check_input_size(size) for name, size in content.get("forms", {}).items()}
+        if unknown := sorted(forms.keys() - FORMS.keys()):
+            raise FileError(f"{path} holds a network in the form {unknown[0]!r}; this padfree knows {sorted(FORMS)}")
+        check_input(plan)
+        return Source.from_dict(content["source"]), plan, forms
     except FileError:
         raise
-    except (PadfreeError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (PadfreeError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{path} has damaged metadata: {type(error).__name__}: {first_line(error)}") from error

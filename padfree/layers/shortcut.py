@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from padfree.pooling import shortcut_pool
+from padfree.kernels import shortcut_pool
 
 
 class PoolProjection(nn.Module):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -39,28 +41,111 @@ FUNCTIONS: dict[str, Callable[..., nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A new layer.
+class Spec(abc.ABC):
+    """A new layer as data; `build` makes it on the device, with the dtype and in the mode of a reference.
 
     Attributes:
-        kind: "pool_projection", "depthwise_reduction", "dense_reduction", "norm" or "stem_tail".
-        channels: C_in and C_out. kernel, padding: of the pool. stride: of a stem tail.
-        norm, act: paths of the modules copied ("" for none); `function` names an activation called as one, with
-            `settings`.
-        reference: path of the module whose weight gives device and dtype.
-        absorbs, residual, preact: see `StemTail`.
+        reference: path of the module whose weight gives device and dtype, and which gives the mode.
+        child: what a block calls such a child.
+    """
+
+    child: ClassVar[str]
+    reference: str
+
+    def build(self, model: nn.Module) -> nn.Module:
+        """The layer for this copy of the model."""
+        return self._like_reference(model, self._layer)
+
+    @abc.abstractmethod
+    def _layer(self, model: nn.Module) -> nn.Module:
+        """The layer, wherever torch puts it."""
+
+    def _like_reference(
+        self, model: nn.Module, make: Callable[[nn.Module], nn.Module], own: Collection[nn.Module] = ()
+    ) -> nn.Module:
+        """What `make` makes, like the reference but for the model's `own` modules in it, which stay as they are."""
+        reference = model.get_submodule(self.reference)
+        weight = next((p for p in reference.parameters() if p.is_floating_point()), None)
+        layout = _memory_format(model)
+        with torch.device("cpu" if weight is None else weight.device):
+            layer = make(model)
+        for module in layer.modules():
+            if module in own:
+                continue
+            if weight is not None and isinstance(module, nn.Conv2d):
+                module.to(device=weight.device, dtype=weight.dtype)
+                module.weight.data = module.weight.data.contiguous(memory_format=layout)
+            module.training = reference.training
+        return layer
+
+
+@dataclass(frozen=True)
+class PoolProjectionSpec(Spec):
+    """A max-pool of stride 2 with this kernel and padding, then a 1x1 conv: see `PoolProjection`."""
+
+    child = "shortcut"
+    in_channels: int
+    out_channels: int
+    kernel: int = 3
+    padding: int = 0
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        return PoolProjection(self.in_channels, self.out_channels, self.kernel, self.padding)
+
+
+@dataclass(frozen=True)
+class DepthwiseReductionSpec(Spec):
+    """A 3x3 depthwise conv of stride 2 without padding, then a norm like the one at path `norm`, if any."""
+
+    child = "reduce"
+    channels: int
+    norm: str | None = None
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        norm = None if self.norm is None else norm_like(model.get_submodule(self.norm), self.channels, with_act=False)
+        return DepthwiseReduction(self.channels, norm)
+
+
+@dataclass(frozen=True)
+class DenseReductionSpec(Spec):
+    """A 3x3 conv of stride 2 without padding and bias."""
+
+    child = "dense"
+    in_channels: int
+    out_channels: int
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        return nn.Conv2d(self.in_channels, self.out_channels, 3, stride=2, bias=False)
+
+
+@dataclass(frozen=True)
+class NormSpec(Spec):
+    """A norm of `channels` channels like the one at path `norm`, without an activation of its."""
+
+    child = "norm"
+    channels: int
+    norm: str
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        return norm_like(model.get_submodule(self.norm), self.channels, with_act=False)
+
+
+@dataclass(frozen=True)
+class StemTailSpec(Spec):
+    """A hybrid tail: see `StemTail` for `channels`, `stride`, `absorbs`, `residual` and `preact`.
+
+    Attributes:
+        norm, act: paths of the modules copied.
+        function: ATen name of an activation that is called as a function, with its `settings`.
         norm_last: the copied norm reads (N, H, W, C).
     """
 
-    kind: str
-    channels: tuple[int, int]
-    reference: str
-    kernel: int = 3
-    padding: int = 0
+    child = "stem"
+    channels: int
     stride: int = 1
-    norm: str = ""
-    act: str = ""
-    function: str = ""
+    norm: str | None = None
+    act: str | None = None
+    function: str | None = None
     settings: tuple[Any, ...] = ()
     absorbs: bool = False
     residual: bool = False
@@ -68,49 +153,34 @@ class Spec:
     norm_last: bool = False
 
     def build(self, model: nn.Module, end: nn.Module | None = None) -> nn.Module:
-        """The layer, on the device and with the dtype of its reference, in its mode."""
-        reference = model.get_submodule(self.reference)
-        layer = self._layer(model, end)
-        kept = {} if end is None else {module: module.training for module in end.modules()}
-        weight = next((p for p in reference.parameters() if p.is_floating_point()), None)
-        layout = _memory_format(model)
-        for module in layer.modules():
-            if weight is not None and isinstance(module, nn.Conv2d) and module not in kept:
-                module.to(device=weight.device, dtype=weight.dtype)
-                module.weight.data = module.weight.data.contiguous(memory_format=layout)
-            module.training = kept.get(module, reference.training)
-        return layer
+        """The tail; `end` is the module whose place it takes."""
+        make = functools.partial(self._layer, end=end)
+        return self._like_reference(model, make, own=() if end is None else set(end.modules()))
 
-    def _layer(self, model: nn.Module, end: nn.Module | None) -> nn.Module:
-        first, last = self.channels
-        weight = next((p for p in model.get_submodule(self.reference).parameters()), None)
-        with torch.device(weight.device if weight is not None else "cpu"):
-            if self.kind == "pool_projection":
-                return PoolProjection(first, last, self.kernel, self.padding)
-            if self.kind == "depthwise_reduction":
-                return DepthwiseReduction(first, self._norm(model, first, with_act=False))
-            if self.kind == "dense_reduction":
-                return nn.Conv2d(first, last, 3, stride=2, bias=False)
-            if self.kind == "norm":
-                return self._norm(model, last, with_act=False) or nn.Identity()
-            norms = (self._norm(model, first), self._norm(model, 2 * first if self.preact else first))
-            acts = (self._act(model), self._act(model))
-            return StemTail(
-                first, norms, acts, end, stride=self.stride, absorbs=self.absorbs,
-                residual=self.residual, preact=self.preact,
-            )  # fmt: skip
+    def _layer(self, model: nn.Module, end: nn.Module | None = None) -> nn.Module:
+        second = 2 * self.channels if self.preact else self.channels
+        return StemTail(
+            self.channels,
+            norms=(self._norm(model, self.channels), self._norm(model, second)),
+            acts=(self._act(model), self._act(model)),
+            end=end,
+            stride=self.stride,
+            absorbs=self.absorbs,
+            residual=self.residual,
+            preact=self.preact,
+        )
 
-    def _norm(self, model: nn.Module, channels: int, with_act: bool = True) -> nn.Module | None:
-        if not self.norm:
+    def _norm(self, model: nn.Module, channels: int) -> nn.Module | None:
+        if self.norm is None:
             return None
-        norm = norm_like(model.get_submodule(self.norm), channels, with_act=with_act)
+        norm = norm_like(model.get_submodule(self.norm), channels)
         return LastChannelNorm(norm) if self.norm_last else norm
 
     def _act(self, model: nn.Module) -> nn.Module | None:
-        if self.act:
-            inplace = bool(self.norm) or not self.preact
+        if self.act is not None:
+            inplace = self.norm is not None or not self.preact
             return act_like(model.get_submodule(self.act), inplace=inplace)
-        return FUNCTIONS[self.function](*self.settings) if self.function else None
+        return None if self.function is None else FUNCTIONS[self.function](*self.settings)
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

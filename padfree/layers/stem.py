@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from padfree.pooling import max_pool
+from padfree.kernels import max_pool
 
 
 class StemPool(nn.MaxPool2d):
-    """3x3 `nn.MaxPool2d` with padding 1 by the fastest exact way (`padfree.pooling`).
+    """3x3 `nn.MaxPool2d` with padding 1 by the fastest exact way (`padfree.kernels`).
 
     (N, C, H, W) -> (N, C, ceil(H/s), ceil(W/s)).
     """

@@ -6,18 +6,20 @@ from dataclasses import dataclass
 
 from padfree.analysis.kinds import data_input, strides
 from padfree.analysis.sites import Sites
-from padfree.geometry import padfree_size
-from padfree.plan.patterns import Patterns, chosen
+from padfree.geometry import padfree_size, size_text
+from padfree.indices import DomainId
+from padfree.plan.patterns import Exactly, Key, Named
 from padfree.record.recorder import Op
 from padfree.rules.base import Rule
-from padfree.types import Match, Options, Skip
+from padfree.rules.base import rules as default_rules
+from padfree.types import NO_DOMAIN, Detail, Match, Options, Skip
 
 
 @dataclass(frozen=True)
 class Group:
     """Matches that are converted together or not at all: those of one domain, or the stem."""
 
-    domain: int
+    domain: DomainId
     matches: tuple[Match, ...]
 
     @property
@@ -28,35 +30,37 @@ class Group:
 
 def find(
     sites: Sites,
-    all_rules: tuple[Rule, ...],
     selected: tuple[Rule, ...],
     options: Options,
-    include: Patterns,
-    exclude: Patterns,
+    places: Named | Exactly,
 ) -> tuple[list[Group], list[Skip]]:
     """Matches of the selected rules by domain, and the places left alone.
 
-    Rules that are not selected are asked too: what they would match in a domain stops that domain.
+    The default rules are asked even if they are not selected: what they would match in a domain stops that domain.
 
     Raises:
-        PadfreeError: an `include` or `exclude` pattern matches nothing.
+        PadfreeError: a pattern means no place that was found.
     """
     found: list[Match] = []
     skips: list[Skip] = []
-    for rule in all_rules:
-        for item in rule.match(sites, options):
-            if isinstance(item, Match):
-                found.append(item)
-            elif rule in selected:
-                skips.append(item)
-    names = [*(m.name for m in found), *(s.name for s in skips)]
-    wanted = chosen(names, include, "include") if include is not None else set(names)
-    wanted -= chosen(names, exclude, "exclude") if exclude is not None else set()
+    for rule in dict.fromkeys((*selected, *default_rules())):
+        items = list(rule.match(sites, options))
+        matches = [item for item in items if isinstance(item, Match)]
+        if rule.earlier is not None and isinstance(places, Exactly):
+            matches = places.as_planned(matches, rule.earlier(sites, options))
+        found += matches
+        skips += [item for item in items if isinstance(item, Skip) and rule in selected]
+    wanted = places.wanted(found, skips)
     in_use = {rule.name for rule in selected}
+    left = {
+        match.key: places.unwanted if match.rule in in_use else f"needs rule {match.rule!r}, which is not selected"
+        for match in found
+        if match.rule not in in_use or match.key not in wanted
+    }
     groups: list[Group] = []
     for domain in sorted({match.domain for match in found}):
         together = [match for match in found if match.domain == domain]
-        for group, why in _whole(sites, domain, together, skips, in_use, wanted):
+        for group, why in _whole(sites, domain, together, skips, left):
             if why:
                 skips += [Skip(match.name, why, match.rule, domain) for match in group if match.rule in in_use]
             else:
@@ -65,36 +69,38 @@ def find(
 
 
 def _whole(
-    sites: Sites, domain: int, together: list[Match], skips: list[Skip], in_use: set[str], wanted: set[str]
+    sites: Sites, domain: DomainId, together: list[Match], skips: list[Skip], left: dict[Key, str]
 ) -> list[tuple[list[Match], str]]:
-    """The domain's matches with "" if it can be converted whole, or with the reason it cannot."""
-    if domain < 0:
-        parts = [[match] for match in together]
-        return [
-            (part, "" if part[0].name in wanted and part[0].rule in in_use else _left(part[0], in_use))
-            for part in parts
-        ]
-    kept = [match for match in together if not match.detail.get("kept")]
+    """The domain's matches with "" if it can be converted whole, or with the reason it cannot.
+
+    `left` says of matches that are not wanted why.
+    """
+    if domain == NO_DOMAIN:
+        return [([match], left.get(match.key, "")) for match in together]
+    kept = [match for match in together if not (isinstance(match.detail, Detail) and match.detail.unchanged)]
     if not any(match.rule != "projection" for match in kept):
         mains = [skip for skip in skips if skip.domain == domain]
         why = f"`{mains[0].name}`: {mains[0].reason}" if mains else "no strided conv with it is converted"
         return [(kept, why)]
     for match in kept:
-        if match.rule not in in_use or match.name not in wanted:
-            return [(kept, f"`{match.name}` enters the same map and {_left(match, in_use)}")]
-    covered = {match.detail.get("op") for match in together}
-    covered.update(op for match in together for op in match.detail.get("points", ()))
+        if match.key in left:
+            return [(kept, f"`{match.name}` enters the same map and {left[match.key]}")]
+    covered = {op for match in together for op in match.operations}
     for op in sites.flow.entries.get(domain, ()):
         if op.index not in covered and not _shrinks_alike(sites, op):
             path, why = _entry_reason(sites, op, skips)
             return [(kept, f"`{path}` enters the same map and has no padding-free form: {why}")]
+    if domain in sites.flow.pinned:
+        return [(kept, _pinned_reason(sites, domain))]
     return [(kept, "")]
 
 
-def _left(match: Match, in_use: set[str]) -> str:
-    if match.rule not in in_use:
-        return f"needs rule {match.rule!r}, which is not selected"
-    return "is not among the included modules, or is excluded"
+def _pinned_reason(sites: Sites, domain: DomainId) -> str:
+    op = sites.flow.pinned[domain]
+    path = sites.recording.calls[op.call].path if op.call >= 0 else ""
+    where = f"`{path}`" if path else "the model's own forward"
+    sizes = " and ".join(size_text(sites.flow.size(value)) for value in op.inputs if sites.flow.is_map(value))
+    return f"in {where} {op.kind} reads maps of {sizes}, and nothing says how their sizes must fit"
 
 
 def _shrinks_alike(sites: Sites, op: Op) -> bool:

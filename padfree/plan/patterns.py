@@ -5,10 +5,54 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from padfree.errors import PadfreeError
+from padfree.indices import OpId
+from padfree.types import Match, Skip
 
 Patterns = str | Iterable[str] | None
+Key = tuple[str, str, tuple[OpId, ...]]  # of a match
+
+
+@dataclass(frozen=True)
+class Named:
+    """The places that patterns name."""
+
+    include: Patterns = None
+    exclude: Patterns = None
+    unwanted = "is not among the included modules, or is excluded"
+
+    def wanted(self, matches: Iterable[Match], skips: Iterable[Skip]) -> frozenset[Key]:
+        """The keys of the matches that are wanted.
+
+        Raises:
+            PadfreeError: a pattern means no place that was found.
+        """
+        matches = tuple(matches)
+        names = [*(match.name for match in matches), *(skip.name for skip in skips)]
+        wanted = chosen(names, self.include, "include") if self.include is not None else set(names)
+        wanted -= chosen(names, self.exclude, "exclude") if self.exclude is not None else set()
+        return frozenset(match.key for match in matches if match.name in wanted)
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """The places of a plan."""
+
+    matches: tuple[Match, ...]
+    unwanted = "is not in the plan, or is another operation there"
+
+    def wanted(self, matches: Iterable[Match], skips: Iterable[Skip]) -> frozenset[Key]:
+        """The keys of the matches that are wanted."""
+        return frozenset(match.key for match in self.matches)
+
+    def as_planned(self, found: list[Match], earlier: Iterable[Match | Skip]) -> list[Match]:
+        """What a rule finds now, and instead what it found in earlier versions where the plan says that."""
+        planned = {match.key: (match.block, match.detail) for match in self.matches}
+        older = [match for match in earlier if isinstance(match, Match)]
+        said = {match.key: match for match in older if planned.get(match.key) == (match.block, match.detail)}
+        return [*(match for match in found if match.key not in said), *said.values()]
 
 
 def chosen(names: list[str], patterns: Patterns, what: str) -> set[str]:

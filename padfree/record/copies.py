@@ -21,7 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from padfree.errors import PadfreeError
 from padfree.record.rebind import FUNCTIONS, Copies
 
-_HOOK_DICTS = (
+HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -39,10 +39,26 @@ def kept_random_state() -> Iterator[None]:
     A recorded forward or a trial copy may draw numbers. Gradients are on, or a block that switches them off
     would look like any other.
     """
+    with kept_generators(), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def kept_generators(seed: int | None = None) -> Iterator[None]:
+    """Leave the random generators of Python, numpy and torch's CPU as they were.
+
+    Args:
+        seed: what they start from inside, so that two forwards draw the same numbers; None: from where they are.
+    """
     numpy = sys.modules.get("numpy")
     python, drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                random.seed(seed)
+                torch.default_generator.manual_seed(seed)  # of the CPU alone
+                if numpy is not None:
+                    numpy.random.seed(seed)
             yield
     finally:
         random.setstate(python)
@@ -59,15 +75,15 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return _bare(model, {id(tensor): _meta(tensor) for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def bare_copy(model: nn.Module) -> nn.Module:
-    """A copy with real tensors, in eval mode, without hooks: for models no meta kernel can run."""
-    return _bare(model, {})
+def bare_copy(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
+    """A copy with real tensors, in eval mode, without hooks; the tensors in `shared` are the model's own."""
+    return _bare(model, {id(tensor): tensor for tensor in shared})
 
 
 def _bare(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy in eval mode without hooks; `memo` says what stands for what."""
     for module in model.modules():
-        memo |= {id(module.__dict__[name]): OrderedDict() for name in _HOOK_DICTS}
+        memo |= {id(module.__dict__[name]): OrderedDict() for name in HOOK_TABLES}
     duplicate = _deepcopy(model, memo)
     for module in duplicate.modules():
         module.training = False

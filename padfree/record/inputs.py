@@ -10,7 +10,7 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 
-__all__ = ["check_input_size", "check_model", "default_input_size", "example_inputs", "random_images", "size_text"]
+__all__ = ["check_input_size", "check_model", "default_input_size", "example_inputs", "random_images"]
 
 
 def random_images(model: nn.Module, size: tuple[int, ...], batch: int = 1) -> torch.Tensor:
@@ -18,11 +18,6 @@ def random_images(model: nn.Module, size: tuple[int, ...], batch: int = 1) -> to
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.rand((batch, *size), generator=torch.Generator().manual_seed(0))
     return images.to(weight.device, weight.dtype)
-
-
-def size_text(size: tuple[int, ...]) -> str:
-    """A size in messages: 3x224x224."""
-    return "x".join(map(str, size))
 
 
 _MOST_CHANNELS = 16  # of an image

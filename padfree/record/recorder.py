@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode as TorchDispatchMode,  # documented, in a module without a public name
+)
 
-from padfree.record.trees import collect, freeze, geometry_key, storage, to_meta
+from padfree.indices import CallId, OpId, ValueId
+from padfree.kernels import DECOMPOSITIONS, POOLS
+from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
+
+NO_OP = OpId(-1)
 
 
 @dataclass(frozen=True)
@@ -24,24 +30,28 @@ class Value:
     or buffer of the model.
     """
 
-    index: int
+    index: ValueId
     shape: tuple[int, ...]
-    producer: int
+    producer: OpId
     live: bool
     name: str
 
 
 @dataclass(frozen=True)
 class Op:
-    """One ATen operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`."""
+    """One operation. `inputs` are its live inputs; `args` all arguments, tensors as `Ref`.
 
-    index: int
+    `foreign` says that it is none of torch's own: its fake kernel may compare no sizes.
+    """
+
+    index: OpId
     kind: str
     args: tuple[Any, ...]
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    call: int
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
+    call: CallId
     grad: bool
+    foreign: bool = False
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -54,22 +64,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
+        self.written: set[str] = set()  # parameters and buffers that an in-place operation met
         self._names = names or {}
-        self._index: dict[tuple[Any, ...], int] = {}
+        self._index: dict[tuple[Any, ...], ValueId] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
-        self.stack: list[int] = [-1]
+        self.stack: list[CallId] = [CallId(-1)]
 
-    def value(self, tensor: torch.Tensor) -> int:
+    def value(self, tensor: torch.Tensor) -> ValueId:
         """The index of the value `tensor` holds now."""
         found = self._index.get(geometry_key(tensor))
-        return self._new(tensor, -1, live=False) if found is None else found
+        return self._new(tensor, NO_OP, live=False) if found is None else found
 
-    def enter(self, tensor: torch.Tensor) -> int:
+    def enter(self, tensor: torch.Tensor) -> ValueId:
         """Declare `tensor` an input of the network."""
-        return self._new(tensor, -1, live=True)
+        return self._new(tensor, NO_OP, live=True)
 
-    def _new(self, tensor: torch.Tensor, producer: int, live: bool) -> int:
-        index = len(self.values)
+    def _new(self, tensor: torch.Tensor, producer: OpId, live: bool) -> ValueId:
+        index = ValueId(len(self.values))
         name = "" if producer >= 0 or live else self._names.get(storage(tensor), "")
         self.values.append(Value(index, tuple(tensor.shape), producer, live, name))
         self._index[geometry_key(tensor)] = index
@@ -78,33 +89,38 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors: list[torch.Tensor] = []
-        collect(args, tensors)
-        collect(tuple(kwargs.values()), tensors)
-        if any(t.is_meta for t in tensors) and not all(t.is_meta for t in tensors):
-            args, kwargs = to_meta(args), {key: to_meta(item) for key, item in kwargs.items()}
+        if func in DECOMPOSITIONS and func not in POOLS:  # rules know what our operators mean, and not the operators
+            with self:
+                return DECOMPOSITIONS[func](*args, **kwargs)
+        given = tensors((args, kwargs))
+        if any(t.is_meta for t in given) and not all(t.is_meta for t in given):
+            args, kwargs = to_meta((args, kwargs))
             if isinstance(kwargs.get("device"), torch.device):
                 kwargs["device"] = torch.device("meta")
-        elif tensors and tensors[0].is_meta and kwargs.get("device") is not None:
+        elif given and given[0].is_meta and kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        refs = [self.value(tensor) for tensor in tensors]
-        frozen = freeze((args, kwargs), self.value)
-        result = _quick_meta(func, args) if tensors and tensors[0].is_meta else None
+        if func._schema.is_mutable:
+            self.written.update(self._names.get(storage(tensor), "") for tensor in given)
+        refs = [self.value(tensor) for tensor in given]
+        kind, described = _kind(func), (args, kwargs)
+        if func in POOLS:  # torch's max-pool, by whichever operator
+            kind, described = "max_pool2d_with_indices", ((args[0], *((side, side) for side in args[1:])), {})
+        frozen = freeze(described, self.value)
+        result = _quick_meta(func, args) if given and given[0].is_meta else None
         if result is None:
             result = func(*args, **kwargs)
         if (
-            tensors
+            given
             and isinstance(result, torch.Tensor)
             and not func._schema.is_mutable
-            and geometry_key(result) == geometry_key(tensors[0])
+            and geometry_key(result) == geometry_key(given[0])
         ):
             return result  # a view of the same thing: the same value
         live = dict.fromkeys(ref for ref in refs if self.values[ref].live)
-        outputs: list[torch.Tensor] = []
-        collect((result,), outputs)
-        index = len(self.ops)
-        made = tuple(self._new(out, index, bool(live)) for out in outputs)
-        self.ops.append(Op(index, _kind(func), frozen, tuple(live), made, self.stack[-1], torch.is_grad_enabled()))
+        index = OpId(len(self.ops))
+        made = tuple(self._new(out, index, bool(live)) for out in tensors(result))
+        grad, foreign = torch.is_grad_enabled(), func.namespace not in _OWN
+        self.ops.append(Op(index, kind, frozen, tuple(live), made, self.stack[-1], grad, foreign))
         return result
 
 
@@ -127,6 +143,7 @@ def _quick_meta(func: Any, args: Any) -> Any:
     return None
 
 
+_OWN = ("aten", "prim", "prims", "padfree")  # namespaces of operators whose meaning is known
 _KINDS: dict[Any, str] = {}
 
 

@@ -17,10 +17,13 @@ import torch
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.record.copies import bare_copy, meta_copy
+from padfree.geometry import size_text
+from padfree.indices import CallId, OpId, ValueId
+from padfree.record.copies import bare_copy, kept_generators, meta_copy
 from padfree.record.inputs import check_input_size, default_input_size, example_inputs, image_channels
 from padfree.record.recorder import Op, Recorder, Value
 from padfree.record.trees import collect, containers_copied, first_line, storage
+from padfree.record.trees import names as names_of
 
 
 class ForwardFailedError(Exception):
@@ -40,11 +43,11 @@ class Call:
     `arguments` keeps the positional and keyword arguments as they were, tensors on meta.
     """
 
-    index: int
+    index: CallId
     path: str
-    parent: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    parent: CallId
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
     ops: range
     arguments: tuple[tuple[Any, ...], dict[str, Any]] = field(compare=False, repr=False)
 
@@ -57,7 +60,9 @@ class Recording:
         model: the copy that was run (its modules are what `Call.path` names).
         example: the arguments it was run on.
         meta: whether it ran on meta tensors.
-        outputs: live values that came out of the model.
+        outputs: values that came out of the model.
+        names: where each of them lies in what the model returns ("" for a bare tensor).
+        written: paths of the parameters and buffers that in-place operations met.
     """
 
     model: nn.Module = field(repr=False)
@@ -67,8 +72,10 @@ class Recording:
     values: tuple[Value, ...] = field(repr=False)
     ops: tuple[Op, ...] = field(repr=False)
     calls: tuple[Call, ...] = field(repr=False)
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
+    inputs: tuple[ValueId, ...]
+    outputs: tuple[ValueId, ...]
+    names: tuple[str, ...] = ()
+    written: frozenset[str] = frozenset()
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -76,9 +83,9 @@ class Recording:
         return dict(self.model.named_modules())
 
     @functools.cached_property
-    def consumers(self) -> dict[int, list[int]]:
+    def consumers(self) -> dict[ValueId, list[OpId]]:
         """Operations that read each live value."""
-        table: dict[int, list[int]] = {}
+        table: dict[ValueId, list[OpId]] = {}
         for op in self.ops:
             for value in dict.fromkeys(op.inputs):
                 table.setdefault(value, []).append(op.index)
@@ -92,7 +99,7 @@ class Recording:
             table.setdefault(call.path, []).append(call)
         return table
 
-    def ancestors(self, call: int) -> Iterator[Call]:
+    def ancestors(self, call: CallId) -> Iterator[Call]:
         """The call and those around it, innermost first."""
         while call >= 0:
             yield self.calls[call]
@@ -122,7 +129,7 @@ class CallTracker:
             del table[self]
 
     def _before(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        recorder, index = self._recorder, len(self.calls)
+        recorder, index = self._recorder, CallId(len(self.calls))
         inputs = self._values((args, kwargs))
         start = len(recorder.ops)
         parent = recorder.stack[-1]
@@ -137,7 +144,7 @@ class CallTracker:
         ops = range(call.ops.start, len(recorder.ops))
         self.calls[index] = Call(index, call.path, call.parent, call.inputs, outputs, ops, call.arguments)
 
-    def _values(self, tree: Any) -> tuple[int, ...]:
+    def _values(self, tree: Any) -> tuple[ValueId, ...]:
         tensors: list[torch.Tensor] = []
         collect((tree,), tensors)
         return tuple(self._recorder.value(tensor) for tensor in tensors)
@@ -166,10 +173,10 @@ def record(model: nn.Module, input_size: tuple[int, ...] | None = None, *, like:
     try:
         return _run(bare_copy(model), size, meta=False)
     except Exception as error:
-        shape = "x".join(map(str, size))
         hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         raise PadfreeError(
-            f"{type(model).__name__} does not run on a {shape} input{', without its hooks,' if hooked else ''}: "
+            f"{type(model).__name__} does not run on a {size_text(size)} input"
+            f"{', without its hooks,' if hooked else ''}: "
             f"{first_line(error)}. Hint: pass input_size=(C, H, W) that the model takes"
             f"{', and let no hook make what the forward needs' if hooked else ''}"
         ) from error
@@ -194,7 +201,7 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     inputs = tuple(recorder.enter(tensor) for tensor in tensors)
     tracker = CallTracker(model, recorder)
     try:
-        with recorder:
+        with kept_generators(seed=0), recorder:  # two forwards of one network draw the same numbers
             result = model(*example)
     except Exception as error:
         where = tracker.calls[recorder.stack[-1]] if recorder.stack[-1] >= 0 else None
@@ -207,7 +214,8 @@ def _run_on(model: nn.Module, size: tuple[int, ...], example: tuple[Any, ...], m
     finally:
         tracker.remove()
     values, ops, calls = tuple(recorder.values), tuple(recorder.ops), tuple(tracker.calls)
-    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs)
+    held, written = tuple(names_of(result)), frozenset(recorder.written)
+    return Recording(model, size, example, meta, values, ops, calls, inputs, outputs, held, written)
 
 
 def path_of(recording: Recording, op: Op) -> str:

@@ -14,10 +14,13 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import PadfreeError
+from padfree.geometry import size_text
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
 from padfree.report.macs import count_macs
 from padfree.report.smallest import minimum_input
+from padfree.types import Returned
+from padfree.verify.resizing import returned
 
 Size = tuple[int, ...]
 
@@ -58,6 +61,7 @@ class Comparison:
         params: number of parameters.
         macs: multiply-adds of one image as fvcore counts them.
         maps: the distinct (before, after) sizes that strided convolutions and pools write, in order.
+        outputs: the maps that the networks return, with their whole shapes; empty where they return unlike things.
         minimum_input: the least square side, in pixels, that both networks take; one pixel less was
             tried and one of them fails. Found by bisection below `input_size`, then among the multiples
             of 7 and 8 below that. None: not found.
@@ -73,6 +77,7 @@ class Comparison:
     minimum_input: int | None
     uncounted: dict[str, Pair]
     notes: tuple[str, ...] = ()
+    outputs: tuple[Returned, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
@@ -83,6 +88,7 @@ class Comparison:
             "after": [list(stage.after) for stage in self.maps],
         }
         data["notes"] = list(self.notes)
+        data["outputs"] = [output.to_dict() for output in self.outputs]
         return data
 
     def rows(self) -> list[tuple[str, str]]:
@@ -92,11 +98,12 @@ class Comparison:
         if len(listed) > _LISTED:
             listed[_LISTED:] = [f"{len(listed) - _LISTED} more"]
         rows = [
-            ("input", "x".join(map(str, self.input_size))),
+            ("input", size_text(self.input_size)),
             ("parameters", _line(self.params, _number)),
             ("MACs (fvcore)", _line(self.macs, _short)),
             ("maps before", " ".join(_size(stage.before) for stage in self.maps) or "-"),
             ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
+            *((f"output {output.name}".strip(), output.sizes(" -> ")) for output in self.outputs),
             ("smallest input", _side(self.minimum_input)),
             ("not in the MACs", ", ".join(listed) or "-"),
         ]
@@ -134,6 +141,7 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
         minimum_input=minimum_input(*recordings),
         uncounted={name: Pair(counts[0].uncounted[name], counts[1].uncounted[name]) for name in names},
         notes=tuple(dict.fromkeys(count.note for count in counts if count.note)),
+        outputs=returned(*recordings) if recordings[0].names == recordings[1].names else (),
     )
 
 
@@ -180,7 +188,7 @@ def _short(value: int | None) -> str:
 
 
 def _size(size: Size) -> str:
-    return str(size[0]) if len(set(size)) == 1 else "x".join(map(str, size))
+    return str(size[0]) if len(set(size)) == 1 else size_text(size)
 
 
 def _side(side: int | None) -> str:

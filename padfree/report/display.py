@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 
+from padfree.geometry import size_text
 from padfree.report.comparison import Comparison
 from padfree.types import PlanData
 
@@ -26,14 +27,14 @@ def summary(title: str, plan: PlanData) -> str:
     """One line: what is converted by which rule, and how much is left alone."""
     rules = Counter(match.rule for match in plan.matches)
     parts = ", ".join(f"{number} {rule}" for rule, number in rules.items()) or "none"
-    size = "x".join(map(str, plan.input_size))
+    size = size_text(plan.input_size)
     places = f"{len(plan.matches)} place{'s' * (len(plan.matches) != 1)} to convert"
     return f"{title} at {size}: {places} ({parts}), {len(plan.skips)} left alone"
 
 
 def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[str]:
     lines = [summary(title, plan)]
-    lines += [f"  {item}" for item in (*plan.matches, *plan.skips)]
+    lines += [f"  {item}" for item in (*plan.matches, *plan.skips, *plan.outputs)]
     if comparison is not None:
         rows = comparison.rows()
         width = max(len(label) for label, _ in rows)
@@ -52,7 +53,7 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
     names = Column("module", overflow="fold")
     places = Table(Column("rule", no_wrap=True), names, *sizes, box=None, pad_edge=False)
     for match in plan.matches:
-        maps = ("x".join(map(str, size)) for size in (match.size, match.out_before, match.out_after))
+        maps = (size_text(size) for size in (match.size, match.out_before, match.out_after))
         places.add_row(match.rule, Text(match.name), *maps)
     if plan.matches:
         console.print(places)
@@ -61,6 +62,8 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
         for skip in plan.skips:
             skipped.add_row(Text(skip.name), Text(skip.reason))
         console.print(skipped)
+    for output in plan.outputs:
+        console.print(Text(str(output)))
     if comparison is not None:
         figures = Table("", "before -> after", box=None, pad_edge=False)
         for label, text in comparison.rows():

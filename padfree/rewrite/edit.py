@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.layers.spec import Spec
 from padfree.rewrite.tracer import Body, TracedBlock
 from padfree.types import NEW
@@ -56,11 +57,11 @@ class BlockEdit:
         self._made: set[fx.Node] = set()
         self._ends: set[str] = set()
 
-    def node(self, value: int) -> Places:
+    def node(self, value: ValueId) -> Places:
         """The node that made a recorded value, or what stands for it now, after the edits made so far."""
         return Places(self._holders(body, value)[0] for body in self.traced.bodies)
 
-    def read(self, value: int, reader: Places) -> Places:
+    def read(self, value: ValueId, reader: Places) -> Places:
         """The node from which `reader` has a recorded value: a dropout in between passes on the same in eval mode."""
         first = reader.nodes[0]
         found = [node for node in self._holders(self.traced.bodies[0], value) if node in first.all_input_nodes]
@@ -71,7 +72,7 @@ class BlockEdit:
             raise self._other_in_training()
         return Places(node.all_input_nodes[at] for node in reader.nodes)
 
-    def _holders(self, body: Body, value: int) -> list[fx.Node]:
+    def _holders(self, body: Body, value: ValueId) -> list[fx.Node]:
         found = list(body.nodes.get(value, ()))
         if not found and body.graph is not self.traced.bodies[0].graph and self.traced.bodies[0].nodes.get(value):
             raise self._other_in_training()
@@ -89,7 +90,7 @@ class BlockEdit:
             "move what differs into a child module"
         )
 
-    def anchor(self, op: int) -> Places:
+    def anchor(self, op: OpId) -> Places:
         """The node that runs a recorded operation."""
         found = [body.anchors.get(op) for body in self.traced.bodies]
         if found[0] is None:
@@ -98,16 +99,18 @@ class BlockEdit:
             raise self._other_in_training()
         return Places(node for node in found if node is not None)
 
-    def call(self, before: Places, target: Callable[..., Any] | Spec, *args: Any, name: str = "") -> Places:
-        """A new node before another: a function, or a new child named after `name`."""
-        if isinstance(target, Spec):
-            child = self.reserve(name)
-            self.children.append((child, target))
-            return self.call_child(before, child, *args)
-        return self._insert(before, "call_function", target, args)
+    def call(self, before: Places, function: Callable[..., Any], *args: Any) -> Places:
+        """A call of a function, put before another node."""
+        return self._insert(before, "call_function", function, args)
+
+    def call_new(self, before: Places, spec: Spec, *args: Any) -> Places:
+        """A call of a new child, put before another node."""
+        name = self.reserve(spec.child)
+        self.children.append((name, spec))
+        return self.call_child(before, name, *args)
 
     def call_child(self, before: Places, name: str, *args: Any) -> Places:
-        """A call of a child by name."""
+        """A call of a child by name, put before another node."""
         return self._insert(before, "call_module", name, args)
 
     def _insert(self, before: Places, op: str, target: Any, args: tuple[Any, ...]) -> Places:

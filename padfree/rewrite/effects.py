@@ -14,7 +14,7 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,16 +73,19 @@ class Watch:
 
 
 @contextmanager
-def kept_globals(model: nn.Module) -> Iterator[None]:
-    """Leave the containers that a model's classes name as they were: a cache must not keep what a look at it made."""
+def kept_globals(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Leave the containers that a model's classes name as they were: a cache must not keep what a look at it made.
+
+    Yields:
+        what makes them so at once, between a forward on meta tensors and one on real ones.
+    """
     kinds = {type(module) for module in model.modules()}
     held = {id(value): value for kind in kinds for _, value in _named(kind) if type(value) in _CONTAINERS}
     before = {key: copy.copy(value) for key, value in held.items()}
     counted = {kind: {name: value for name, value in vars(kind).items() if type(value) in SIMPLE} for kind in kinds}
     numbers = _Numbers(kinds)
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         numbers.put_back()
         for key, value in held.items():
             if not alike(snapshot(value, 1), snapshot(before[key], 1)):
@@ -92,6 +95,11 @@ def kept_globals(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if not alike(vars(kind).get(name), value):
                     setattr(kind, name, value)
+
+    try:
+        yield put_back
+    finally:
+        put_back()
 
 
 class _Numbers:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from padfree.errors import PadfreeError
-from padfree.layers.spec import Spec
-from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, set_class
+from padfree.layers.spec import Spec, StemTailSpec
+from padfree.record.copies import HOOK_TABLES
+from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, sealed_class, set_class
+from padfree.rewrite.refusing import Refused, refusing_class
 from padfree.rewrite.same_padding import shaped_like
 
 
@@ -51,7 +55,7 @@ class ReplaceEnd:
     """A new layer in the place of a parameter-free module, which becomes its part."""
 
     path: str
-    spec: Spec
+    spec: StemTailSpec
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Resize:
 
 @dataclass(frozen=True)
 class Reforward:
-    """A generated forward for a module ("" keeps its own and only seals its fusers)."""
+    """A generated forward for a module, whose fusing methods are sealed too."""
 
     path: str
     source: str
@@ -72,7 +76,31 @@ class Reforward:
     locked: Locked
 
 
-Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward
+@dataclass(frozen=True)
+class Seal:
+    """A module keeps its forward, but its fusing methods raise: they would drop a shortcut below it."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """Methods of a module raise, each for its reason, since they would not give what its forward gives."""
+
+    path: str
+    methods: Refused
+
+
+@dataclass(frozen=True)
+class Describe:
+    """A module's descriptions of itself, mappings or dataclasses under these names, become copies with other values."""
+
+    path: str
+    names: tuple[str, ...]
+    values: tuple[tuple[str, Any], ...]
+
+
+Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward | Seal | Refuse | Describe
 
 
 def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
@@ -146,7 +174,10 @@ def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
     undo.append(_restore(parent._modules, name))
     undo.append(_restore(state, name))
     undo.append(lambda: setattr(end, "__class__", kind))
-    parent._modules[name] = operation.spec.build(model, end)
+    tail = parent._modules[name] = operation.spec.build(model, end)
+    for table in HOOK_TABLES:  # what was hooked there goes on to see what the next layer reads
+        if table in state:
+            tail.__dict__[table], state[table] = state[table], type(state[table])()
 
 
 def _resize(model: nn.Module, operation: Resize, undo: Undo) -> None:
@@ -171,12 +202,46 @@ def _interpolated(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
     module = model.get_submodule(operation.path)
+    kind = rewritten_class(original_class(module), operation.source, operation.names, operation.locked)
+    _set_class(module, kind, undo)
+
+
+def _seal(model: nn.Module, operation: Seal, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    base = original_class(module)
+    if type(module) is base:  # else it is sealed already, or rewritten and so sealed
+        _set_class(module, sealed_class(base), undo)
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module], undo: Undo) -> None:
     old = type(module)
     undo.append(lambda: set_class(module, old))
-    source, names, locked = operation.source, operation.names, operation.locked
-    if not source and old is not original_class(module):  # sealed already, or rewritten and so sealed
-        return
-    set_class(module, rewritten_class(original_class(module), source, names, locked))
+    set_class(module, kind)
+
+
+def _refuse(model: nn.Module, operation: Refuse, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    _set_class(module, refusing_class(type(module), operation.methods), undo)
+
+
+def _describe(model: nn.Module, operation: Describe, undo: Undo) -> None:
+    module = model.get_submodule(operation.path)
+    undo.append(_restore(module.__dict__, ""))
+    made: dict[int, Any] = {}  # what two names mean stays one
+    for name in operation.names:
+        old = getattr(module, name)
+        if id(old) not in made:
+            made[id(old)] = _described(old, dict(operation.values))
+        module.__dict__[name] = made[id(old)]
+
+
+def _described(old: Any, values: dict[str, Any]) -> Any:
+    """A copy with these values; the object itself may be a registry's, which other models share."""
+    if isinstance(old, MutableMapping):
+        new = copy.copy(old)
+        new.update(values)
+        return new
+    return dataclasses.replace(old, **values)
 
 
 _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
@@ -186,4 +251,7 @@ _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     ReplaceEnd: _replace_end,
     Resize: _resize,
     Reforward: _reforward,
+    Seal: _seal,
+    Refuse: _refuse,
+    Describe: _describe,
 }

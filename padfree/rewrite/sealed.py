@@ -38,7 +38,7 @@ def sealed(name: str) -> Any:
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise PadfreeError(
             f"{type(self).__name__}.{name}() would discard the padding-free shortcut of a converted block; "
-            f"call {name}() on the original model first, then convert"
+            f"call padfree.fuse(model), which keeps it, or {name}() on the original model before it is converted"
         )
 
     refuse.__name__ = name

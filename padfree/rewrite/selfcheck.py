@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.record.recorder import Op, Recorder, Value
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import collect, containers_copied, first_line, freeze, geometry_key, repeat_batch, storage
@@ -61,7 +62,7 @@ class _LinkingInterpreter(fx.Interpreter):
     def __init__(self, module: nn.Module, graph: fx.Graph, recorder: Recorder) -> None:
         super().__init__(module, garbage_collect_values=False, graph=graph)
         self.recorder = recorder
-        self.nodes_of_value: dict[int, list[fx.Node]] = {}
+        self.nodes_of_value: dict[ValueId, list[fx.Node]] = {}
         self.node_of_op: list[fx.Node] = []
         self.results: dict[fx.Node, tuple[tuple[Any, ...], int]] = {}
 
@@ -78,7 +79,7 @@ class _LinkingInterpreter(fx.Interpreter):
 
 def link(
     recording: Recording, call: Call, graph: fx.Graph, where: str, flags: Setting
-) -> tuple[dict[int, list[fx.Node]], dict[int, fx.Node]]:
+) -> tuple[dict[ValueId, list[fx.Node]], dict[OpId, fx.Node]]:
     """Self-check with `flags` set and all else in either mode; then nodes by recorded value and by operation.
 
     Several nodes hold one value where a module passes it on in eval mode (dropout). For a body that is not the
@@ -231,8 +232,8 @@ def _recorder(arguments: Any, names: dict[int, str]) -> Recorder:
     return recorder
 
 
-def _value_table(call: Call, recorded: tuple[Op, ...], local: list[Op]) -> dict[int, int]:
-    table = dict(enumerate(call.inputs))
+def _value_table(call: Call, recorded: tuple[Op, ...], local: list[Op]) -> dict[ValueId, ValueId]:
+    table = {ValueId(index): value for index, value in enumerate(call.inputs)}
     for ours, theirs in zip(local, recorded, strict=True):
         table.update(zip(ours.outputs, theirs.outputs, strict=True))
     return table

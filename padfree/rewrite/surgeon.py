@@ -13,17 +13,28 @@ from padfree.analysis.convolution import Conv
 from padfree.analysis.kinds import AVG_POOLS, data_input
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
-from padfree.layers.spec import Spec
-from padfree.pooling import shortcut_pool
+from padfree.indices import OpId, ValueId
+from padfree.kernels import shortcut_pool
+from padfree.layers.spec import PoolProjectionSpec, Spec, StemTailSpec
 from padfree.record.recording import Call
 from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.forward import Locked, access, graph_source, original_class
-from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Resize, SetAttributes
+from padfree.rewrite.operations import (
+    AddChild,
+    MoveChild,
+    Operation,
+    Reforward,
+    ReplaceEnd,
+    Resize,
+    Seal,
+    SetAttributes,
+)
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
 from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
+from padfree.rules.base import Shortcut
 from padfree.types import Options
 
 TraceCache = dict[str, TracedBlock | Refusal]
@@ -61,7 +72,7 @@ class Surgeon:
             raise found
         return found
 
-    # -- what rules may do (documented in padfree.rule.Editor) ----------------------------------
+    # -- what rules may do (documented in `padfree.rules.base.Editor`) ---------------------------
 
     def conv(self, conv: Conv, padding: int, stride: int | None = None) -> None:  # noqa: D102
         module = self._recording.modules[conv.path]
@@ -75,7 +86,7 @@ class Surgeon:
             values[reversed_name] = [padding] * 4
         self._operations.append(SetAttributes(conv.path, tuple(values.items())))
 
-    def _unpad(self, path: str, op: int, pad: int, source: int, values: dict[str, Any]) -> None:
+    def _unpad(self, path: str, op: OpId, pad: OpId, source: ValueId, values: dict[str, Any]) -> None:
         recording = self._recording
         within = (call.index for call in recording.ancestors(recording.ops[pad].call))
         if recording.ops[op].call in within:  # in its own forward, or a child that pads
@@ -94,7 +105,7 @@ class Surgeon:
         edit.anchor(op).replace_input_with(padded, edit.read(source, padded))
         edit.drop(padded)
 
-    def pool(self, op: int) -> None:  # noqa: D102
+    def pool(self, op: OpId) -> None:  # noqa: D102
         recording = self._recording
         recorded = recording.ops[op]
         path = recording.calls[recorded.call].path
@@ -124,72 +135,61 @@ class Surgeon:
         edit.substitute(node, lambda old, at: edit.call(at, function, source, 3, 2, 0))
         edit.drop(node)
 
-    def shortcut(  # noqa: D102
-        self,
-        block: str,
-        source: int,
-        anchor: int,
-        merge: int,
-        kernel: int,
-        padding: int,
-        repeat: int,
-        project: bool,
-    ) -> None:
+    def shortcut(self, block: str, shortcut: Shortcut) -> None:  # noqa: D102
         edit = self._block(block)
-        at, read = self._reading(edit, source, anchor)
-        if project:
-            channels = (self._channels(source), self._channels(merge))
-            spec = Spec("pool_projection", channels, self._weight_near(anchor), kernel, padding)
-            pooled = edit.call(at, spec, read, name="shortcut")
+        at, read = self._reading(edit, shortcut.source, shortcut.anchor)
+        window = (shortcut.kernel, shortcut.padding)
+        if shortcut.project:
+            reference = self._weight_near(shortcut.anchor)
+            channels = (self._channels(shortcut.source), self._channels(shortcut.merge))
+            pooled = edit.call_new(at, PoolProjectionSpec(reference, *channels, *window), read)
         else:
-            extra = () if (kernel, padding) == (3, 0) else (kernel, padding)
-            pooled = edit.call(at, shortcut_pool, read, *extra)
-            if repeat > 1:
-                pooled = edit.call(at, torch.repeat_interleave, pooled, repeat, 1)
-        edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, pooled))
+            pooled = edit.call(at, shortcut_pool, read, *(() if window == (3, 0) else window))
+            if shortcut.repeat > 1:
+                pooled = edit.call(at, torch.repeat_interleave, pooled, shortcut.repeat, 1)
+        edit.substitute(edit.node(shortcut.merge), lambda old, at: edit.call(at, operator.add, old, pooled))
 
-    def unfuse(self, block: str, value: int, path: str) -> None:  # noqa: D102
+    def unfuse(self, block: str, value: ValueId, path: str) -> None:  # noqa: D102
         edit = self._block(block)
         name = edit.reserve("act")
         edit.substitute(edit.node(value), lambda old, at: edit.call_child(at, name, old))
         self._operations.append(MoveChild(block, path, name))
 
-    def crop(self, block: str, source: int, op: int, margin: int) -> None:  # noqa: D102
+    def crop(self, block: str, source: ValueId, op: OpId, margin: int) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
         every = slice(None)
         inner = slice(margin, -margin)
         at.replace_input_with(read, edit.call(at, operator.getitem, read, (every, every, inner, inner)))
 
-    def before(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+    def insert_before(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
-        at.replace_input_with(read, edit.call(at, spec, read, name="reduce"))
+        at.replace_input_with(read, edit.call_new(at, spec, read))
 
-    def after(self, block: str, value: int, spec: Spec) -> None:  # noqa: D102
+    def insert_after(self, block: str, value: ValueId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
-        name = "stem" if spec.kind == "stem_tail" else spec.kind
-        edit.substitute(edit.node(value), lambda old, at: edit.call(at, spec, old, name=name))
+        edit.substitute(edit.node(value), lambda old, at: edit.call_new(at, spec, old))
 
-    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:  # noqa: D102
+    def replace(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         node = edit.anchor(op)
         read = edit.read(source, node)
-        edit.substitute(node, lambda old, at: edit.call(at, spec, read, name="stem"))
+        edit.substitute(node, lambda old, at: edit.call_new(at, spec, read))
         edit.drop(node)
 
-    def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:  # noqa: D102
+    def add_parallel(self, block: str, source: ValueId, anchor: OpId, merge: ValueId, spec: Spec) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, anchor)
-        new = edit.call(at, spec, read, name="dense")
+        new = edit.call_new(at, spec, read)
         edit.substitute(edit.node(merge), lambda old, at: edit.call(at, operator.add, old, new))
 
-    def pooled(self, block: str, source: int, op: int) -> None:  # noqa: D102
+    def pool_input(self, block: str, source: ValueId, op: OpId) -> None:  # noqa: D102
         edit = self._block(block)
         at, read = self._reading(edit, source, op)
         at.replace_input_with(read, edit.call(at, shortcut_pool, read))
 
-    def replace_end(self, path: str, spec: Spec) -> None:  # noqa: D102
+    def replace_end(self, path: str, spec: StemTailSpec) -> None:  # noqa: D102
         self._operations.append(ReplaceEnd(path, spec))
 
     def resize(self, path: str, shape: tuple[int, ...]) -> None:  # noqa: D102
@@ -200,7 +200,7 @@ class Surgeon:
 
     # -------------------------------------------------------------------------------------------
 
-    def _reading(self, edit: BlockEdit, source: int, op: int) -> tuple[Places, Places]:
+    def _reading(self, edit: BlockEdit, source: ValueId, op: OpId) -> tuple[Places, Places]:
         """The node that runs an operation, and the one that it has `source` from.
 
         Raises:
@@ -213,10 +213,10 @@ class Surgeon:
                 raise Refusal(f"`{path}` changes in training what the conv reads, where no forward holds both")
         return at, edit.read(source, at)
 
-    def _channels(self, value: int) -> int:
+    def _channels(self, value: ValueId) -> int:
         return self._recording.values[value].shape[1]
 
-    def _weight_near(self, op: int) -> str:
+    def _weight_near(self, op: OpId) -> str:
         call = self._recording.ops[op].call
         return self._recording.calls[call].path
 
@@ -254,5 +254,5 @@ class Surgeon:
         for path in sorted((above | {""}) - rewritten if rewritten else ()):
             kind = original_class(self._recording.modules[path])
             if any(callable(getattr(kind, name, None)) for name in FUSERS):
-                seals.append(Reforward(path, "", (), ()))
+                seals.append(Seal(path))
         return seals

@@ -22,9 +22,11 @@ import torch
 from torch import fx, nn
 
 from padfree.errors import Refusal
+from padfree.indices import OpId, ValueId
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
 from padfree.rewrite.asserts import asserted
+from padfree.rewrite.forward import is_rewritten
 from padfree.rewrite.hints import parameter_types, without_none
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
 from padfree.rewrite.reads import watched
@@ -43,8 +45,8 @@ class Body:
     """
 
     graph: fx.Graph
-    nodes: dict[int, list[fx.Node]]
-    anchors: dict[int, fx.Node]
+    nodes: dict[ValueId, list[fx.Node]]
+    anchors: dict[OpId, fx.Node]
 
     def copied(self) -> Body:
         """The same with a graph of its own, to be edited."""
@@ -261,7 +263,8 @@ def _trace(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
 
 def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
     failure: Exception | None = None
-    for helpers in (False, True):
+    # functions that a generated forward calls stay whole: it is flat already
+    for helpers in (True,) if is_rewritten(spy.module) else (False, True):
         stand_in = spy.fresh(training)
         tracer = BlockTracer(_helpers(spy.module) if helpers else ())
         tracer.arguments = bind(stand_in, call, where)

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from padfree.record.recorder import TorchDispatchMode
 
 _ENTERED = {  # functions of torch, by their code, that a generated forward would not call
     torch.autocast.__enter__.__code__: "switches autocast on or off",

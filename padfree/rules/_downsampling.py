@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -12,10 +12,42 @@ from padfree.analysis.convolution import Conv, Site
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
+from padfree.indices import OpId, ValueId
 from padfree.layers.stem import StemTail
 from padfree.record.recording import Call
-from padfree.rules.base import Editor
-from padfree.types import NEW, Match, Options, Skip
+from padfree.rules.base import Editor, Shortcut
+from padfree.types import NEW, Match, Options, Skip, StridedDetail
+
+
+@dataclass(frozen=True)
+class Downsampling(StridedDetail):
+    """One strided convolution of a site.
+
+    Attributes:
+        kernel: its kernel, pixels a side.
+        padding: what is left of its padding, pixels a side.
+        largest: path of the site's largest conv, whose match has all that follows; None for that conv itself.
+        channels: of the map that the site reads, and of the one it writes.
+        points: 1x1 convs summed with it, whose input loses its border.
+        points_block: path of the module whose forward calls them.
+        shortcut: the max-pool that is added; None on a residual branch that only adapts shape.
+        unfuse: path of an activation inside a norm that the shortcut is added in front of.
+    """
+
+    kernel: int
+    padding: int
+    largest: str | None = None
+    channels: tuple[int, int] | None = None
+    points: tuple[OpId, ...] = ()
+    points_block: str | None = None
+    shortcut: Shortcut | None = None
+    unfuse: str | None = None
+
+    @property
+    def operations(self) -> tuple[OpId, ...]:
+        """The conv and the 1x1 convs that shrink with it."""
+        return (self.op, *self.points)
+
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -61,7 +93,7 @@ def trouble(sites: Sites, conv: Conv) -> str:
     return ""
 
 
-def block_for(sites: Sites, op: int, *values: int, owner: str, child: bool = False) -> Call:
+def block_for(sites: Sites, op: OpId, *values: ValueId, owner: str, child: bool = False) -> Call:
     """The smallest module whose own forward holds all values; with `child`, one that can take a new child.
 
     Raises:
@@ -81,7 +113,7 @@ def block_for(sites: Sites, op: int, *values: int, owner: str, child: bool = Fal
     return call
 
 
-def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: dict[str, Any]) -> Match:
+def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: Downsampling) -> Match:
     """A match of a strided convolution, with the sizes before and after."""
     flow = sites.flow
     height, width = flow.size(conv.source)
@@ -93,12 +125,12 @@ def new_match(sites: Sites, rule: str, conv: Conv, block: str, detail: dict[str,
         size=(height, width),
         out_before=flow.size(conv.out),
         out_after=(padfree_size(height), padfree_size(width)),
-        detail={"op": conv.op, "kernel": conv.kernel[0], "padding": padfree_padding(conv.spans[0]), **detail},
+        detail=detail,
     )
 
 
 def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Site) -> Match | Skip:
-    """A match for one conv of a site: its lead carries the pool shortcut, the others only shrink."""
+    """A match for one conv of a site: its largest carries the pool shortcut, the others only shrink."""
     outside = out_of_scope(sites, conv)
     if outside:
         return Skip(conv.path, outside, rule, sites.flow.domain(conv.out), in_scope=False)
@@ -107,38 +139,49 @@ def site_matches(sites: Sites, options: Options, rule: str, conv: Conv, site: Si
     why = trouble(sites, conv) or found
     if why:
         return Skip(conv.path, why, rule, sites.flow.domain(conv.out))
-    if conv != site.lead:
-        return new_match(sites, rule, conv, "", {"lead": site.lead.path})
+    alone = Downsampling(conv.op, conv.kernel[0], padfree_padding(conv.spans[0]))
+    if conv != site.largest:
+        return new_match(sites, rule, conv, "", replace(alone, largest=site.largest.path))
     channels = (
         sites.recording.values[site.source].shape[1],
         sites.recording.values[site.chain.conv].shape[1],
     )
-    project = site.dense and channels[0] != channels[1] and not site.shortcut
-    detail: dict[str, Any] = {"channels": list(channels), "points": [point.op for point in site.points]}
-    merge = site.chain.end(options.merge)
-    fused = merge == site.chain.norm and _fused(sites, site)
-    if fused and site.chain.act is not None:
-        merge = site.chain.act
-        detail["unfuse"] = site.chain.act_path
-    ops = [part.op for part in (*site.paired, *site.convs, *site.points)]
-    anchor = min(ops + [part.pad for part in site.convs if part.pad >= 0])
+    detail = replace(alone, channels=channels, points=tuple(point.op for point in site.points))
+    block = ""
     try:
-        if site.shortcut:
-            block = None
-        else:
-            block, merge = _block_and_merge(sites, site, merge, project)
-            detail |= {"source": site.source, "merge": merge, "anchor": anchor, "project": int(project)}
-            window = (conv.spans[0], padfree_padding(conv.spans[0])) if options.pool == "kernel" else (3, 0)
-            detail |= {"pool": list(window), "repeat": 1 if site.dense else channels[1] // channels[0]}
+        if not site.shortcut:
+            block, shortcut, unfuse = _shortcut(sites, options, site, channels)
+            detail = replace(detail, shortcut=shortcut, unfuse=unfuse)
         if site.points:
             around = block_for(sites, site.points[0].op, site.points[0].source, owner=site.points[0].path)
-            detail["points_block"] = around.path
+            detail = replace(detail, points_block=around.path)
     except Refusal as refusal:
         return Skip(conv.path, str(refusal), rule, sites.flow.domain(conv.out))
-    return new_match(sites, rule, conv, "" if block is None else block.path, detail)
+    return new_match(sites, rule, conv, block, detail)
 
 
-def _block_and_merge(sites: Sites, site: Site, merge: int, child: bool) -> tuple[Call, int]:
+def _shortcut(
+    sites: Sites, options: Options, site: Site, channels: tuple[int, int]
+) -> tuple[str, Shortcut, str | None]:
+    """The block that takes a site's shortcut, the shortcut, and the activation that leaves its norm for it.
+
+    Raises:
+        Refusal: no module holds the source and any part of the chain.
+    """
+    project = site.dense and channels[0] != channels[1]
+    merge, unfuse = site.chain.end(options.merge), None
+    if merge == site.chain.norm and site.chain.act is not None and _fused(sites, site):
+        merge, unfuse = site.chain.act, site.chain.act_path
+    block, merge = _block_and_merge(sites, site, merge, project)
+    parts = [part.op for part in (*site.paired, *site.convs, *site.points)]
+    anchor = min(parts + [part.pad for part in site.convs if part.pad >= 0])
+    span = site.largest.spans[0]
+    window = (span, padfree_padding(span)) if options.pool == "kernel" else (3, 0)
+    repeat = 1 if site.dense else channels[1] // channels[0]
+    return block.path, Shortcut(site.source, anchor, merge, *window, repeat, project), unfuse
+
+
+def _block_and_merge(sites: Sites, site: Site, merge: ValueId, child: bool) -> tuple[Call, ValueId]:
     """The block that holds the site's source and `merge`; or, where none does, an earlier part of the chain.
 
     A norm or activation that only another module's forward sees together with the source is that module's:
@@ -147,12 +190,12 @@ def _block_and_merge(sites: Sites, site: Site, merge: int, child: bool) -> tuple
     Raises:
         Refusal: no module holds the source and any part of the chain.
     """
-    lead, chain = site.lead, site.chain
+    largest, chain = site.largest, site.chain
     parts = [value for value in (chain.conv, chain.norm, chain.act) if value is not None and value <= merge]
     refusal = Refusal("")
     for value in reversed(parts):
         try:
-            return block_for(sites, lead.op, site.source, value, owner=lead.path, child=child), value
+            return block_for(sites, largest.op, site.source, value, owner=largest.path, child=child), value
         except Refusal as error:
             refusal = refusal if str(refusal) else error
     raise refusal
@@ -169,14 +212,12 @@ def _fused(sites: Sites, site: Site) -> bool:
 def rewrite_site(match: Match, edit: Editor) -> None:
     """Reduce the padding, add the shortcut where the match carries one, crop for summed 1x1 convs."""
     detail = match.detail
-    conv = edit.sites.convs[detail["op"]]
-    if "merge" in detail:
-        edit.shortcut(
-            match.block, detail["source"], detail["anchor"], detail["merge"], detail["pool"][0], detail["pool"][1],
-            detail["repeat"], bool(detail["project"]),
-        )  # fmt: skip
-        if "unfuse" in detail:
-            edit.unfuse(match.block, detail["merge"], detail["unfuse"])
-    for op in detail.get("points", ()):
-        edit.crop(detail["points_block"], edit.sites.convs[op].source, op, 1)
-    edit.conv(conv, detail["padding"])
+    assert isinstance(detail, Downsampling)
+    if detail.shortcut is not None:
+        edit.shortcut(match.block, detail.shortcut)
+        if detail.unfuse is not None:
+            edit.unfuse(match.block, detail.shortcut.merge, detail.unfuse)
+    if detail.points_block is not None:
+        for op in detail.points:
+            edit.crop(detail.points_block, edit.sites.convs[op].source, op, 1)
+    edit.conv(edit.sites.convs[detail.op], detail.padding)

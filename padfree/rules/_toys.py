@@ -143,6 +143,6 @@ class Methodical(nn.Module):
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        """Stem, then the rest."""
+        """Stem, then the body."""
         out: Tensor = self.body(self.features(x))
         return out

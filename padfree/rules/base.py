@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,16 +12,40 @@ from torch import nn
 from padfree.analysis.convolution import Conv
 from padfree.analysis.sites import Sites
 from padfree.errors import PadfreeError
-from padfree.layers.spec import Spec
-from padfree.types import Match, Options, Skip
+from padfree.indices import DomainId, OpId, ValueId
+from padfree.layers.spec import Spec, StemTailSpec
+from padfree.types import Detail, Match, Options, Skip
 
 Matcher = Callable[[Sites, Options], Iterable[Match | Skip]]
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A max-pool of stride 2 parallel to a strided chain: merge + repeat(maxpool(source)).
+
+    Attributes:
+        source: the value pooled.
+        anchor: the operation just before which it is pooled: the first of the chain that reads `source`.
+        merge: the value that the pooled map is added to.
+        kernel, padding: of the pool, pixels.
+        repeat: how often each pooled channel comes (a depthwise conv's channel multiplier).
+        project: a 1x1 conv maps the pooled channels to those of `merge`.
+    """
+
+    source: ValueId
+    anchor: OpId
+    merge: ValueId
+    kernel: int = 3
+    padding: int = 0
+    repeat: int = 1
+    project: bool = False
 
 
 class Editor(Protocol):
     """What `Rule.rewrite` may do to a network; everything else is out of its reach.
 
-    Values and operations are indices of the recording, blocks are module paths.
+    Values and operations are indices of the recording, blocks are paths of modules whose own forward holds them.
+    Each method raises `Refusal` where the block's forward cannot be traced, or does not hold what is to be edited.
     """
 
     sites: Sites
@@ -29,44 +54,34 @@ class Editor(Protocol):
     def conv(self, conv: Conv, padding: int, stride: int | None = None) -> None:
         """Give a convolution another padding (and stride); a pad operation before it goes."""
 
-    def pool(self, op: int) -> None:
+    def pool(self, op: OpId) -> None:
         """Turn a parallel pool into its 3x3 stride-2 form without padding."""
 
-    def shortcut(
-        self,
-        block: str,
-        source: int,
-        anchor: int,
-        merge: int,
-        kernel: int,
-        padding: int,
-        repeat: int,
-        project: bool,
-    ) -> None:
-        """Add max-pool(source), taken just before operation `anchor`, to `merge`."""
+    def shortcut(self, block: str, shortcut: Shortcut) -> None:
+        """Add a max-pool shortcut to a strided chain."""
 
-    def unfuse(self, block: str, value: int, path: str) -> None:
+    def unfuse(self, block: str, value: ValueId, path: str) -> None:
         """Let `block` call a norm's own activation `path` itself, after what is now added to `value`."""
 
-    def crop(self, block: str, source: int, op: int, margin: int) -> None:
+    def crop(self, block: str, source: ValueId, op: OpId, margin: int) -> None:
         """Let operation `op` read `source` without its outermost `margin` pixels."""
 
-    def before(self, block: str, source: int, op: int, spec: Spec) -> None:
+    def insert_before(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:
         """Let operation `op` read a new layer's output on `source`."""
 
-    def after(self, block: str, value: int, spec: Spec) -> None:
+    def insert_after(self, block: str, value: ValueId, spec: Spec) -> None:
         """Put a new layer after `value`."""
 
-    def instead(self, block: str, source: int, op: int, spec: Spec) -> None:
+    def replace(self, block: str, source: ValueId, op: OpId, spec: Spec) -> None:
         """Put a new layer on `source` in the place of operation `op`, which goes."""
 
-    def beside(self, block: str, source: int, anchor: int, merge: int, spec: Spec) -> None:
-        """Add a new layer's output on `source` to `merge`."""
+    def add_parallel(self, block: str, source: ValueId, anchor: OpId, merge: ValueId, spec: Spec) -> None:
+        """Add a new layer's output on `source`, run just before operation `anchor`, to `merge`."""
 
-    def pooled(self, block: str, source: int, op: int) -> None:
+    def pool_input(self, block: str, source: ValueId, op: OpId) -> None:
         """Let operation `op` read max-pool(source), 3x3 stride 2 without padding."""
 
-    def replace_end(self, path: str, spec: Spec) -> None:
+    def replace_end(self, path: str, spec: StemTailSpec) -> None:
         """Put a new layer in the place of a parameter-free module, which becomes its part."""
 
     def resize(self, path: str, shape: tuple[int, ...]) -> None:
@@ -76,7 +91,7 @@ class Editor(Protocol):
         """Set plain attributes of a module."""
 
 
-Sizes = dict[int, tuple[int, int]]
+Sizes = dict[DomainId, tuple[int, int]]
 """(H, W) by domain, as they will be after a conversion."""
 
 
@@ -106,6 +121,8 @@ class Rule:
         follow: for layers whose own size must follow their map: given the sizes after the planned
             conversion, yields further matches (`paper.md`, ParC-MobileNetV2).
         default: whether `convert` uses it when no rules are named.
+        details: the classes of its matches' details; without any they are mappings.
+        earlier: finds places as versions before this one did, whose plans are carried out as they say.
     """
 
     name: str
@@ -115,6 +132,8 @@ class Rule:
     counterexamples: tuple[Example, ...] = ()
     follow: Callable[[Sites, Options, Sizes], Iterable[Match]] | None = None
     default: bool = True
+    details: tuple[type[Detail], ...] = ()
+    earlier: Matcher | None = None
 
 
 _RULES: dict[str, Rule] = {}
@@ -124,12 +143,22 @@ def register(rule: Rule) -> Rule:
     """Add a rule to the table; a rule of the same name is replaced.
 
     Raises:
-        PadfreeError: it is not a `Rule` or has no name.
+        PadfreeError: it is not a `Rule` or has no name, or a class of its details is no dataclass of `Detail`.
     """
     if not isinstance(rule, Rule) or not rule.name.isidentifier():
         raise PadfreeError(f"register takes a padfree.Rule with a name that is an identifier, not {rule!r}")
+    for kind in rule.details:
+        if not (isinstance(kind, type) and issubclass(kind, Detail) and dataclasses.is_dataclass(kind)):
+            raise PadfreeError(
+                f"rule {rule.name!r} has the detail {kind!r}; it takes frozen dataclasses of padfree.types.Detail"
+            )
     _RULES[rule.name] = rule
     return rule
+
+
+def registered() -> Mapping[str, Rule]:
+    """All rules by name."""
+    return _RULES
 
 
 def rules(names: Iterable[str] | None = None) -> tuple[Rule, ...]:

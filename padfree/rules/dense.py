@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from padfree.analysis.sites import Sites
-from padfree.rules._downsampling import rewrite_site, site_matches, strided
+from padfree.rules._downsampling import Downsampling, rewrite_site, site_matches, strided
 from padfree.rules._toys import Residual, net, unit
 from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
@@ -39,7 +39,7 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
 SIZE = (3, 32, 32)
 
 
-def _pair(out: int = 8) -> nn.Sequential:
+def _bsconv(out: int = 8) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(8, out, 1, bias=False),
         nn.Conv2d(out, out, 3, 2, padding=1, groups=out, bias=False),
@@ -52,12 +52,12 @@ EXAMPLES = (
     Example(lambda: net(unit(8, 8, stride=2)), SIZE, ("1.0",)),
     Example(lambda: net(unit(8, 16, stride=2), out=16), SIZE, ("1.0",)),
     Example(lambda: net(unit(8, 8, 5, stride=2, groups=2)), SIZE, ("1.0",)),
-    Example(lambda: net(_pair()), SIZE, ("1.1",)),
-    Example(lambda: net(_pair(16), out=16), SIZE, ("1.1",)),
+    Example(lambda: net(_bsconv()), SIZE, ("1.1",)),
+    Example(lambda: net(_bsconv(16), out=16), SIZE, ("1.1",)),
     Example(lambda: net(Residual(unit(8, 8, stride=2), unit(8, 8, 1, 2, act=False))), SIZE, ("1.main.0",)),
 )
 COUNTEREXAMPLES = (
     Example(lambda: net(unit(8, 8, 2, 2, padding=0), unit(8, 8, 3, 2, padding=0)), SIZE, ("padding-free already",)),
     Example(lambda: net(unit(8, 8, 4, 2, padding=1)), SIZE, ("kernel spans 4x4",)),
 )
-RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES))
+RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES, details=(Downsampling,)))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from padfree.analysis.sites import Sites
-from padfree.rules._downsampling import rewrite_site, site_matches, strided
+from padfree.rules._downsampling import Downsampling, rewrite_site, site_matches, strided
 from padfree.rules._toys import Joined, KeyAttention, Padded, Residual, SplitJoin, Twice, depthwise, net, unit
 from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
@@ -32,7 +32,7 @@ NAME = "depthwise"
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """Every stride-2 depthwise conv that is not half a BSConv pair."""
     for conv, site in strided(sites):
-        if not site.dense and site.lead.depthwise:
+        if not site.dense and site.largest.depthwise:
             yield site_matches(sites, options, NAME, conv, site)
 
 
@@ -63,4 +63,4 @@ COUNTEREXAMPLES = (
     Example(lambda: net(Twice(depthwise(8))), SIZE, ("called 2 times",)),
     Example(lambda: net(Residual(depthwise(8), unit(8, 8, 2, 2, padding=0))), SIZE, ("1.shortcut.0", "2x2")),
 )
-RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES))
+RULE = register(Rule(NAME, match, rewrite_site, EXAMPLES, COUNTEREXAMPLES, details=(Downsampling,)))

@@ -16,30 +16,68 @@ A 1x1 without a norm of its own gets a new one after it, unless the network has 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from padfree.analysis.convolution import Conv
-from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input
+from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, NORMS, data_input, pair
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
 from padfree.geometry import padfree_padding, padfree_size
-from padfree.layers.spec import Spec
+from padfree.indices import DomainId, OpId, ValueId
+from padfree.layers.spec import DenseReductionSpec, DepthwiseReductionSpec, NormSpec
 from padfree.record.recorder import Op
 from padfree.rules._downsampling import block_for, strided
 from padfree.rules._toys import Residual, net, unit
 from padfree.rules.base import Editor, Example, Rule, register
-from padfree.types import Match, Options, Skip
+from padfree.types import Match, Options, Skip, StridedDetail
 
 NAME = "projection"
+
+
+@dataclass(frozen=True)
+class Projection(StridedDetail):
+    """A strided 1x1 conv.
+
+    Attributes:
+        source: the value it reads.
+        dense: whether it becomes the dense form.
+        norm: path of the norm that new norms are like; None where the network has none.
+        own_norm: the value that a new norm reads; None where the conv has a norm of its own.
+    """
+
+    source: ValueId
+    dense: bool
+    norm: str | None
+    own_norm: ValueId | None = None
+
+
+@dataclass(frozen=True)
+class Pool(StridedDetail):
+    """A pool; `kept`: it has its padding-free form already, so that it stays."""
+
+    kept: bool = False
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing is done to it."""
+        return self.kept
+
+
+@dataclass(frozen=True)
+class Blur(StridedDetail):
+    """A conv with a fixed filter that reads `source`; `padding` is what is left of its padding, pixels a side."""
+
+    source: ValueId
+    padding: int
 
 
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """1x1 stride-2 convs on shortcuts, and pools, that enter a map some strided site enters."""
     flow = sites.flow
-    shared: set[int] = set()
-    points: set[int] = set()
+    shared: set[DomainId] = set()
+    points: set[OpId] = set()
     for conv, site in strided(sites):
         if conv.padded:
             shared.add(flow.domain(conv.out))
@@ -82,7 +120,7 @@ def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
     chain = flow.chain(conv.out)
     dense = options.projection == "dense"
     own_norm = chain.norm is not None
-    detail: dict[str, Any] = {"source": conv.source, "dense": int(dense), "norm": _norm_near(sites, conv.op)}
+    detail = Projection(conv.op, conv.source, dense, _norm_near(sites, conv.op))
     try:
         if dense:
             block = block_for(sites, conv.op, conv.source, conv.out, owner=conv.path, child=True)
@@ -90,7 +128,7 @@ def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
             block = block_for(sites, conv.op, conv.source, owner=conv.path, child=True)
         else:
             block = block_for(sites, conv.op, conv.source, conv.out, owner=conv.path, child=True)
-            detail["own_norm"] = conv.out
+            detail = replace(detail, own_norm=conv.out)
     except Refusal as refusal:
         return Skip(conv.path, str(refusal), NAME, domain)
     return _match(sites, flow.ops[conv.op], conv.path, block.path, detail)
@@ -99,10 +137,12 @@ def _projection(sites: Sites, options: Options, conv: Conv) -> Match | Skip:
 def _blur(sites: Sites, conv: Conv) -> Match | Skip:
     """A parallel conv whose filter is fixed (BlurPool): only its padding goes."""
     domain = sites.flow.domain(conv.out)
-    if conv.stride != (2, 2) or conv.spans[0] != conv.spans[1] or conv.spans[0] % 2 == 0 or not conv.is_module:
+    if not conv.is_module:
+        why = "its fixed filter is used in a function call, not by a module with the padding among its attributes"
+        return Skip(conv.path, why, NAME, domain)
+    if conv.stride != (2, 2) or conv.spans[0] != conv.spans[1] or conv.spans[0] % 2 == 0:
         return Skip(conv.path, "its fixed filter is not an odd square window of stride 2x2", NAME, domain)
-    padding = padfree_padding(conv.spans[0])
-    detail = {"source": conv.source, "blur": padding}
+    detail = Blur(conv.op, conv.source, padfree_padding(conv.spans[0]))
     return _match(sites, sites.flow.ops[conv.op], conv.path, conv.path, detail)
 
 
@@ -110,12 +150,12 @@ def _pool(sites: Sites, op: Op) -> Match | Skip:
     flow, recording = sites.flow, sites.recording
     path = recording.calls[op.call].path
     window = op.args[0][1]
-    kernel, stride = _pair(window), _pair((op.args[0][2] if len(op.args[0]) > 2 else ()) or window)
-    dilation = _pair(op.args[0][4]) if op.kind in MAX_POOLS and len(op.args[0]) > 4 else (1, 1)
+    kernel, stride = pair(window), pair((op.args[0][2] if len(op.args[0]) > 2 else ()) or window)
+    dilation = pair(op.args[0][4]) if op.kind in MAX_POOLS and len(op.args[0]) > 4 else (1, 1)
     domain = flow.domain(op.outputs[0])
-    padding = _pair(op.args[0][3]) if len(op.args[0]) > 3 else (0, 0)
+    padding = pair(op.args[0][3]) if len(op.args[0]) > 3 else (0, 0)
     if stride == (2, 2) and kernel == (3, 3) and padding == (0, 0) and not _same_pad(sites, op):
-        return _match(sites, op, path, path, {"kept": 1})
+        return _match(sites, op, path, path, Pool(op.index, kept=True))
     if stride != (2, 2) or kernel not in ((2, 2), (3, 3)) or dilation != (1, 1):
         size = f"{kernel[0]}x{kernel[1]} stride {stride[0]}x{stride[1]}"
         return Skip(
@@ -129,7 +169,7 @@ def _pool(sites: Sites, op: Op) -> Match | Skip:
         why = "its module is called more than once in one forward"
     elif any(flow.consumers(other) or other in recording.outputs for other in op.outputs[1:]):
         why = "its indices are used, and they would be of another map"
-    return Skip(path, why, NAME, domain) if why else _match(sites, op, path, path, {})
+    return Skip(path, why, NAME, domain) if why else _match(sites, op, path, path, Pool(op.index))
 
 
 def _same_pad(sites: Sites, op: Op) -> bool:
@@ -137,7 +177,7 @@ def _same_pad(sites: Sites, op: Op) -> bool:
     return before is not None and before.kind == "constant_pad_nd"
 
 
-def _match(sites: Sites, op: Op, name: str, block: str, detail: dict[str, Any]) -> Match:
+def _match(sites: Sites, op: Op, name: str, block: str, detail: Projection | Pool | Blur) -> Match:
     flow = sites.flow
     source = data_input(op)
     if _same_pad(sites, op):
@@ -154,66 +194,61 @@ def _match(sites: Sites, op: Op, name: str, block: str, detail: dict[str, Any]) 
         (height, width),
         flow.size(out),
         after,
-        {"op": op.index, **detail},
+        detail,
     )
 
 
-def _norm_near(sites: Sites, op: int) -> str:
-    """Path of the norm to copy: the nearest one after the operation, else before it, else ""."""
+def _norm_near(sites: Sites, op: OpId) -> str | None:
+    """Path of the norm to copy: the nearest one after the operation, else before it, else None."""
     ops = sites.flow.ops
     for other in [*range(op + 1, len(ops)), *range(op - 1, -1, -1)]:
         if ops[other].kind in NORMS and sites.flow.is_map(ops[other].outputs[0]):
-            return sites.flow.norm_module(ops[other])
-    return ""
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value[0], value[-1]) if isinstance(value, tuple) else (value, value)
+            return sites.flow.norm_module(ops[other]) or None
+    return None
 
 
 def rewrite(match: Match, edit: Editor) -> None:
     """Carry out one projection or pool."""
     detail = match.detail
-    op = detail["op"]
-    if detail.get("kept"):
+    if isinstance(detail, Pool):
+        if not detail.kept:
+            edit.pool(detail.op)
         return
-    if op not in edit.sites.convs:
-        edit.pool(op)
+    assert isinstance(detail, (Projection, Blur))
+    conv, source = edit.sites.convs[detail.op], detail.source
+    if isinstance(detail, Blur):
+        edit.conv(conv, detail.padding)
         return
-    conv, source = edit.sites.convs[op], detail["source"]
-    if "blur" in detail:
-        edit.conv(conv, detail["blur"])
-        return
-    if detail["dense"]:
-        spec = Spec("dense_reduction", (conv.in_channels, conv.out_channels), conv.path)
-        edit.beside(match.block, source, op, conv.out, spec)
-        edit.pooled(match.block, source, op)
+    if detail.dense:
+        spec = DenseReductionSpec(conv.path, conv.in_channels, conv.out_channels)
+        edit.add_parallel(match.block, source, conv.op, conv.out, spec)
+        edit.pool_input(match.block, source, conv.op)
     else:
-        channels = (conv.in_channels, conv.in_channels)
-        edit.before(match.block, source, op, Spec("depthwise_reduction", channels, conv.path, norm=detail["norm"]))
-        if "own_norm" in detail and detail["norm"]:
-            channels = (conv.out_channels, conv.out_channels)
-            edit.after(match.block, detail["own_norm"], Spec("norm", channels, conv.path, norm=detail["norm"]))
+        reduction = DepthwiseReductionSpec(conv.path, conv.in_channels, detail.norm)
+        edit.insert_before(match.block, source, conv.op, reduction)
+        if detail.own_norm is not None and detail.norm is not None:
+            norm = NormSpec(conv.path, conv.out_channels, detail.norm)
+            edit.insert_after(match.block, detail.own_norm, norm)
     edit.conv(conv, 0, stride=1)
 
 
 SIZE = (3, 32, 32)
 
 
-def _beside(*shortcut: nn.Module, out: int = 8) -> nn.Sequential:
+def _parallel(*shortcut: nn.Module, out: int = 8) -> nn.Sequential:
     return net(Residual(unit(8, out, stride=2), nn.Sequential(*shortcut)), out=out)
 
 
 EXAMPLES = (
-    Example(lambda: _beside(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16), out=16), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",), Options(projection="dense")),
-    Example(lambda: _beside(nn.AvgPool2d(2, 2), nn.Conv2d(8, 8, 1)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.AvgPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
-    Example(lambda: _beside(nn.MaxPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16), out=16), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2)), SIZE, ("1.shortcut.0",), Options(projection="dense")),
+    Example(lambda: _parallel(nn.AvgPool2d(2, 2), nn.Conv2d(8, 8, 1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.AvgPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
+    Example(lambda: _parallel(nn.MaxPool2d(3, 2, padding=1)), SIZE, ("1.shortcut.0",)),
 )
 COUNTEREXAMPLES = (
-    Example(lambda: _beside(nn.Conv2d(8, 8, 1, 2), nn.ReLU()), SIZE, ("computes more than a shape",)),
-    Example(lambda: _beside(nn.AvgPool2d(4, 2, padding=1)), SIZE, ("4x4 stride 2x2",)),
+    Example(lambda: _parallel(nn.Conv2d(8, 8, 1, 2), nn.ReLU()), SIZE, ("computes more than a shape",)),
+    Example(lambda: _parallel(nn.AvgPool2d(4, 2, padding=1)), SIZE, ("4x4 stride 2x2",)),
 )
-RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))
+RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Projection, Pool, Blur)))

@@ -10,38 +10,83 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
 3. a 3x3 p1 max-pool of stride s = 1 or 2 that reads the stem's output is absorbed, if no other pool or conv does;
    skip connections and the model's caller go on to get that output;
 4. where the stem conv has neither norm nor activation and the network goes on with norm -> act in another block, or
-   beside a residual of the conv's output, the tail takes the pre-activation form;
-5. the chain ends in a parameter-free module that runs once, whose place the tail takes; or its end lies in
-   the forward of a module other than the root, which is re-forwarded: where only the root calls the stem's parts,
-   the last of them.
+   on a branch parallel to a residual of the conv's output, the tail takes the pre-activation form;
+5. the tail has a place outside norms and convolutions, at the same path in a classifier and in a feature extractor made
+   of the same layers: that of the absorbed max-pool; else the entry of the first module that alone reads the stem's
+   output and has a forward of its own; else that of the stem's activation module; else the forward of a module other
+   than the root in which the chain ends, which is re-forwarded; else the entry of a Sequential.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from padfree.analysis.chain import Chain
 from padfree.analysis.convolution import Conv, Site
 from padfree.analysis.kinds import AFFINE, AVG_POOLS, MAX_POOLS, NORMS, plain_kind
 from padfree.analysis.sites import Sites
 from padfree.errors import Refusal
-from padfree.layers.spec import FUNCTIONS, Spec
+from padfree.indices import OpId, ValueId
+from padfree.layers.spec import FUNCTIONS, StemTailSpec
 from padfree.layers.stem import StemTail
 from padfree.record.recorder import Op
 from padfree.rules._downsampling import block_for
+from padfree.rules._stem_place import Placer, placed, placed_earlier, replaceable
 from padfree.rules._toys import Joined, Methodical, Residual, depthwise, net, unit
 from padfree.rules.base import Editor, Example, Rule, register
-from padfree.types import Match, Options, Skip
+from padfree.types import NO_DOMAIN, Match, Options, Skip, StridedDetail
 
 NAME = "stem"
+Setting = bool | int | float | str | None  # of an activation
+
+
+@dataclass(frozen=True)
+class Stem(StridedDetail):
+    """The stem's convolution, and the hybrid tail that follows it (`StemTail`).
+
+    Attributes:
+        channels: of the tail.
+        stride: of the max-pool that it absorbs, else 1.
+        norm, act: paths of the modules that its norms and activations are like.
+        function: ATen name of an activation that is called as a function, with its `settings`.
+        preact: the tail is norm -> act -> conv.
+        norm_last: the norm reads (N, H, W, C).
+        absorbs: a max-pool becomes part of the tail.
+        value: the value that the tail reads, or for an absorbed pool the one that the pool makes.
+        place: path of the module whose place the tail takes; None where it goes into the match's block.
+        end, pool: there, the value that the absorbed pool reads, and the pool.
+    """
+
+    channels: int
+    stride: int
+    norm: str | None
+    act: str | None
+    function: str | None
+    settings: tuple[Setting, ...]
+    preact: bool
+    norm_last: bool
+    absorbs: bool
+    value: ValueId
+    place: str | None = None
+    end: ValueId | None = None
+    pool: OpId | None = None
 
 
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """The one stem, if the network has something to convert."""
+    return _matches(sites, options, placed)
+
+
+def earlier(sites: Sites, options: Options) -> Iterator[Match | Skip]:
+    """The same as plans of before had it: the tail in the activation's place, or inside a norm that carries one."""
+    return _matches(sites, options, placed_earlier)
+
+
+def _matches(sites: Sites, options: Options, placed: Placer) -> Iterator[Match | Skip]:
     if not sites.first:
         return
     conv = max(sites.first, key=lambda conv: (conv.spans[0], -conv.op))
@@ -54,7 +99,7 @@ def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
         yield Skip(conv.path, outside, NAME, in_scope=False)
         return
     try:
-        yield _match(sites, options, conv, site)
+        yield _match(sites, options, conv, site, placed)
     except Refusal as refusal:
         yield Skip(conv.path, str(refusal), NAME)
 
@@ -85,7 +130,7 @@ def _has_padded_downsampling(sites: Sites) -> bool:
     return any(tuple(args[1]) == (3, 3) and len(args) > 2 and set(args[2]) == {2} for args in pools)
 
 
-def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
+def _match(sites: Sites, options: Options, conv: Conv, site: Site, placed: Placer) -> Match:
     flow, recording = sites.flow, sites.recording
     if len(recording.calls_of.get(conv.path, ())) != 1 or not conv.is_module:
         raise Refusal("its module does not run exactly once in a forward")
@@ -109,48 +154,36 @@ def _match(sites: Sites, options: Options, conv: Conv, site: Site) -> Match:
             norm_last = following.norm_last
     if norm and act.startswith(f"{norm}."):
         act = ""  # the norm's copy brings its activation along (timm's BatchNormAct2d)
-    detail: dict[str, Any] = {
-        "op": conv.op, "channels": conv.out_channels, "stride": stride, "norm": norm, "act": act,
-        **function, "preact": int(preact), "value": value, "norm_last": int(norm_last),
-    }  # fmt: skip
-    place = recording.calls[pool.call].path if pool is not None else chain.act_path
+    detail = Stem(
+        conv.op,
+        conv.out_channels,
+        stride,
+        norm or None,
+        act or None,
+        *function,
+        preact=preact,
+        norm_last=norm_last,
+        absorbs=pool is not None,
+        value=value,
+    )
     block = ""
-    detail["absorbs"] = int(pool is not None)
-    if place and _replaceable(sites, place):
-        detail["place"] = place
-    elif pool is not None:  # a function call, or a module that others use too
-        detail |= {"end": end, "pool": pool.index}
-        call = block_for(sites, conv.op, end, value, owner=conv.path, child=True)
-        block = call.path
+    if pool is not None:
+        place = recording.calls[pool.call].path
+        if replaceable(sites, place):
+            detail = replace(detail, place=place)
+        else:  # a function call, or a module that others use too
+            detail = replace(detail, end=end, pool=pool.index)
+            block = block_for(sites, conv.op, end, value, owner=conv.path, child=True).path
     else:
         # a norm or activation that was not seen may follow
         bare = chain.norm is None and chain.act is None and not preact
-        block = _tail_block(sites, conv, value, besides=(conv.path,) if bare else ())
+        block, taken = placed(sites, conv, chain, value, (conv.path,) if bare else ())
+        detail = replace(detail, place=taken)
     size = flow.size(conv.source)
-    return Match(NAME, conv.path, block, -1, size, flow.size(value), flow.size(value), detail)
+    return Match(NAME, conv.path, block, NO_DOMAIN, size, flow.size(value), flow.size(value), detail)
 
 
-def _tail_block(sites: Sites, conv: Conv, value: int, besides: tuple[str, ...]) -> str:
-    """The module whose forward the tail goes into; rather than the root, the module that returns `value` itself."""
-    around = block_for(sites, conv.op, value, owner=conv.path, child=True)
-    if around.path:
-        return around.path
-    recording = sites.recording
-    producer = sites.flow.producer(value)
-    for call in recording.ancestors(-1 if producer is None else producer.call):
-        if isinstance(recording.modules[call.path], _BatchNorm):
-            continue  # `convert_sync_batchnorm` would put another in its place, without the tail
-        if (
-            call.path
-            and call.path not in besides
-            and call.outputs == (value,)
-            and len(recording.calls_of[call.path]) == 1
-        ):
-            return call.path
-    return ""
-
-
-def _absorbed(sites: Sites, end: int) -> Op | None:
+def _absorbed(sites: Sites, end: ValueId) -> Op | None:
     readers = [sites.flow.ops[index] for index in sites.flow.consumers(end)]
     entering = [op for op in readers if op.kind == "convolution" or op.kind in MAX_POOLS | AVG_POOLS]
     if len(entering) != 1 or entering[0].kind not in MAX_POOLS:
@@ -171,10 +204,10 @@ def _first(value: Any) -> int:
     return int(_both(value)[0])
 
 
-def _function(sites: Sites, chain: Chain) -> dict[str, Any]:
-    """The ATen name and settings of an activation that is a function call, if it has a module of its own."""
+def _function(sites: Sites, chain: Chain) -> tuple[str | None, tuple[Setting, ...]]:
+    """The ATen name and settings of an activation that is a function call, if there is a module for it."""
     if chain.act is None or chain.act_path:
-        return {"function": ""}
+        return None, ()
     if chain.formula:
         raise Refusal("its activation is a formula in a forward, without a module to copy")
     op = sites.flow.producer(chain.act)
@@ -182,11 +215,10 @@ def _function(sites: Sites, chain: Chain) -> dict[str, Any]:
     if kind not in FUNCTIONS:
         raise Refusal(f"its activation `{kind}` is a function without a module to copy")
     assert op is not None
-    settings = [*op.args[0][1:], *(value for _, value in op.args[1])]
-    return {"function": kind, "settings": settings} if settings else {"function": kind}
+    return kind, (*op.args[0][1:], *(value for _, value in op.args[1]))
 
 
-def _following(sites: Sites, value: int) -> Chain | None:
+def _following(sites: Sites, value: ValueId) -> Chain | None:
     """The norm -> act that some reader of a raw stem output begins with."""
     flow = sites.flow
     for index in flow.consumers(value):
@@ -200,7 +232,7 @@ def _following(sites: Sites, value: int) -> Chain | None:
 
 
 def _is_preact(sites: Sites, following: Chain) -> bool:
-    """Whether the norm behind a raw stem output is a block's own: of another module, or beside a residual."""
+    """Whether the norm behind a raw stem output is a block's own: of another module, or part of a residual branch."""
     flow, raw = sites.flow, following.conv
     readers = [flow.ops[index] for index in flow.consumers(raw)]
     norm = next(op for op in readers if op.kind in NORMS)
@@ -208,30 +240,29 @@ def _is_preact(sites: Sites, following: Chain) -> bool:
     return residual or flow.in_other_block(norm, raw)
 
 
-def _replaceable(sites: Sites, path: str) -> bool:
-    """Whether a module is parameter-free, not the root, registered once and called once."""
-    recording = sites.recording
-    module = recording.modules[path]
-    names = [name for name, other in recording.model.named_modules(remove_duplicate=False) if other is module]
-    once = len(recording.calls_of[path]) == 1 and len(names) == 1
-    return bool(path) and once and not list(module.parameters()) and not list(module.buffers())
-
-
 def rewrite(match: Match, edit: Editor) -> None:
     """Put the tail in place."""
     detail = match.detail
-    channels = (detail["channels"], detail["channels"])
-    spec = Spec(
-        "stem_tail", channels, match.name, stride=detail["stride"], norm=detail["norm"], act=detail["act"],
-        function=detail["function"], settings=tuple(detail.get("settings", ())), absorbs=bool(detail["absorbs"]),
-        residual=edit.options.stem_residual, preact=bool(detail["preact"]), norm_last=bool(detail["norm_last"]),
-    )  # fmt: skip
-    if "place" in detail:
-        edit.replace_end(detail["place"], spec)
-    elif "pool" in detail:
-        edit.instead(match.block, detail["end"], detail["pool"], spec)
+    assert isinstance(detail, Stem)
+    spec = StemTailSpec(
+        match.name,
+        detail.channels,
+        detail.stride,
+        detail.norm,
+        detail.act,
+        detail.function,
+        detail.settings,
+        absorbs=detail.absorbs,
+        residual=edit.options.stem_residual,
+        preact=detail.preact,
+        norm_last=detail.norm_last,
+    )
+    if detail.place is not None:
+        edit.replace_end(detail.place, spec)
+    elif detail.end is not None and detail.pool is not None:
+        edit.replace(match.block, detail.end, detail.pool, spec)
     else:
-        edit.after(match.block, detail["value"], spec)
+        edit.insert_after(match.block, detail.value, spec)
 
 
 SIZE = (3, 32, 32)
@@ -253,6 +284,8 @@ EXAMPLES = (
         ("0.branches.0.0",),
     ),
     Example(lambda: Methodical(8, nn.GroupNorm(2, 8)), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("conv",)),
+    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("conv",)),
     Example(lambda: Methodical(8, nn.Identity(), nn.BatchNorm2d(8), nn.ReLU()), SIZE, ("conv",)),
 )
 COUNTEREXAMPLES = (
@@ -263,7 +296,5 @@ COUNTEREXAMPLES = (
         SIZE,
         ("2 separate convs read the input",),
     ),
-    Example(lambda: Methodical(8, nn.BatchNorm2d(8)), SIZE, ("calls its own method `features`",)),
-    Example(lambda: Methodical(8, nn.Identity()), SIZE, ("calls its own method `features`",)),
 )
-RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES))
+RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Stem,), earlier=earlier))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from padfree.errors import Refusal
@@ -23,6 +24,31 @@ def check_places(before: Recording, after: Recording) -> None:
             what = f"by {new.of} indices of its own a map of" if new.index else "from a table of its own"
             where = f"`{place[1]}`" if place[1] else "the model's own forward"
             raise Refusal(f"{where} reads {what} {old.length} places, and there would be {new.length}")
+    _check_operators(before, after)
+
+
+def _check_operators(before: Recording, after: Recording) -> None:
+    """Operators of other libraries that read a table of a map's size beside the map, and may compare nothing."""
+    were: dict[tuple[str, str, str], list[tuple[int, ...]]] = {}
+    for place, shape, _ in _beside(before):
+        were.setdefault(place, []).append(shape)
+    for place, shape, table in _beside(after):
+        old = were[place].pop(0) if were.get(place) else shape
+        if old[2:] == table[-2:] != shape[2:]:
+            where = f"`{place[1]}`" if place[1] else "the model's own forward"
+            raise Refusal(
+                f"in {where} {place[0]} reads a table of its own of {table} beside a map that would be {shape}"
+            )
+
+
+def _beside(recording: Recording) -> Iterator[tuple[tuple[str, str, str], tuple[int, ...], tuple[int, ...]]]:
+    """(kind, module, table) with the shapes of map and table, of each operator of another library that reads both."""
+    for op in recording.ops:
+        read = [recording.values[arg.value] for arg in op.args[0] if isinstance(arg, Ref)] if op.foreign else []
+        maps = [value.shape for value in read if value.live and len(value.shape) == 4]
+        for table in read if maps else ():
+            if table.name and not table.live and len(table.shape) > 1:
+                yield (op.kind, path_of(recording, op), table.name), maps[0], table.shape
 
 
 @dataclass(frozen=True)

@@ -1,89 +1,127 @@
 """Whether a converted copy still is the network it was.
 
 It runs, in train mode too where a forward asks for the mode; it keeps its keys, the number of its outputs, their
-batch and channels; it pads, resizes, stretches and rolls no more than before; and what it keeps for a map of one size
-(a table of positions, indices) still meets a map of that size.
+batch and channels, and the image's sides where they had those; it calls the same modules and runs the same functional
+layers in the same order; it pads, crops, resizes, stretches and rolls no more than before; and what it keeps for a map
+of one size (a table of positions, indices) still meets a map of that size. `padfree.verify.real` runs it for real.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from padfree.errors import Refusal
-from padfree.record.copies import in_mode
+from padfree.record.copies import full_copy, in_mode
 from padfree.record.recording import ForwardFailedError, Recording, path_of, record, shape_at
 from padfree.record.trees import repeat_batch
 from padfree.rewrite.effects import asks_for_mode
+from padfree.rewrite.operations import Operation, Resize, SetAttributes
+from padfree.verify.calls import COUNTING, Changed, check_calls
 from padfree.verify.places import check_places
-from padfree.verify.resizing import check_broadcasting, check_resizing
+from padfree.verify.resizing import check_broadcasting, check_resizing, check_sides
 
-_COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
+
+@dataclass(frozen=True)
+class Original:
+    """The model as it was, in eval mode and, where a forward asks for the mode, in train mode."""
+
+    recording: Recording
+
+    @functools.cached_property
+    def trained(self) -> Recording | ForwardFailedError | None:
+        """Recorded in train mode; why it does not run (it wants labels, say); None where no forward asks."""
+        model = self.recording.model
+        if not any(asks_for_mode(type(module)) for module in model.modules()):
+            return None
+        try:
+            return _in_training(full_copy(model), self.recording)
+        except ForwardFailedError as error:
+            return error
 
 
 def verify(
-    original: Recording,
-    converted: nn.Module,
-    *,
-    allow_resize: bool = False,
-    resized: Iterable[str] = (),
-    given: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
+    original: Original, converted: nn.Module, operations: Iterable[Operation], *, allow_resize: bool = False
+) -> Recording:
     """Run the converted copy on the recording's input size and compare.
 
     Args:
-        original: recording of the model as it was.
-        converted: a copy of `original.model` that the operations were carried out on.
-        allow_resize: accept new pads, interpolations and rolls.
-        resized: parameters that may have another shape.
-        given: attributes that were set, by module path.
+        original: the model as it was.
+        converted: a copy of `original.recording.model` that the operations were carried out on.
+        operations: what was done to it.
+        allow_resize: accept new pads, crops, interpolations and rolls, and smaller returned maps.
+
+    Returns:
+        the recording of the converted copy.
 
     Raises:
         Refusal: what differs, with the sizes.
     """
-    _check_state(original.model, converted, set(resized))
+    operations = tuple(operations)
+    before, changed = original.recording, Changed.by(operations)
+    _check_state(before.model, converted, {op.path for op in operations if isinstance(op, Resize)})
     try:
-        after = record(converted, like=original)
+        after = record(converted, like=before)
     except ForwardFailedError as error:
-        raise Refusal(_blame(original, error)) from error
-    before_shapes = [original.values[value].shape for value in original.outputs]
-    after_shapes = [after.values[value].shape for value in after.outputs]
-    kept = slice(1 if _counts(original) else 0, 2)
-    if len(before_shapes) != len(after_shapes) or any(
-        len(a) != len(b) or a[kept] != b[kept] for a, b in zip(before_shapes, after_shapes, strict=True)
-    ):
-        raise Refusal(f"the model's output changes from {before_shapes} to {after_shapes}")
-    _check_obeyed(after, given or {})
-    check_places(original, after)
-    check_broadcasting(original, after)
+        raise Refusal(blame(before, error)) from error
+    _check_outputs(before, after)
+    _check_obeyed(after, {op.path: dict(op.values) for op in operations if isinstance(op, SetAttributes)})
+    _compare(before, after, changed, allow_resize)
+    if isinstance(original.trained, Recording):
+        _check_training(original.trained, converted, after, changed, allow_resize)
+    return after
+
+
+def _compare(before: Recording, after: Recording, changed: Changed, allow_resize: bool) -> None:
+    check_places(before, after)
+    check_broadcasting(before, after)
+    check_calls(before, after, changed)
     if not allow_resize:
-        check_resizing(original, after)
-    if any(asks_for_mode(type(module)) for module in original.model.modules() if list(module.children())):
-        _check_training(original, converted, after)
+        check_resizing(before, after, changed.rewritten)
+        check_sides(before, after)
 
 
-def _check_training(original: Recording, converted: nn.Module, after: Recording) -> None:
+def _check_outputs(before: Recording, after: Recording) -> None:
+    """The number of outputs, their batch and channels."""
+    shapes = [before.values[value].shape for value in before.outputs]
+    after_shapes = [after.values[value].shape for value in after.outputs]
+    kept = slice(1 if _counts(before) else 0, 2)
+    if len(shapes) != len(after_shapes) or any(
+        len(a) != len(b) or a[kept] != b[kept] for a, b in zip(shapes, after_shapes, strict=True)
+    ):
+        raise Refusal(f"the model's output changes from {shapes} to {after_shapes}")
+
+
+def _in_training(model: nn.Module, like: Recording) -> Recording:
+    """A copy recorded in train mode, on a batch of two."""
+    with in_mode(model.modules(), True):
+        return record(model, like=replace(like, example=repeat_batch(like.example)))
+
+
+def _check_training(
+    before: Recording, converted: nn.Module, evaluated: Recording, changed: Changed, allow_resize: bool
+) -> None:
     """Branches that run in training only, such as auxiliary heads."""
-    like = replace(original, example=repeat_batch(original.example))
     try:
-        with in_mode(converted.modules(), True):
-            trained = record(converted, like=like)
+        after = _in_training(converted, evaluated)
     except ForwardFailedError as error:
-        try:
-            with in_mode(original.model.modules(), True):
-                record(original.model, like=like)
-        except ForwardFailedError:  # it wants labels, say: nothing to compare with
-            return
-        raise Refusal(f"in train mode {_blame(original, error)}") from error
+        raise Refusal(f"in train mode {blame(before, error)}") from error
     for path, module in converted.named_modules():
-        kept = original.modules.get(path)
-        changed = kept is None or type(kept) is not type(module) or _settings(kept) != _settings(module)
-        calls, more = (len(recording.calls_of.get(path, ())) for recording in (after, trained))
-        if changed and 0 < calls < more:
+        kept = before.modules.get(path)
+        different = kept is None or type(kept) is not type(module) or _settings(kept) != _settings(module)
+        calls, more = (len(recording.calls_of.get(path, ())) for recording in (evaluated, after))
+        if different and 0 < calls < more:
             raise Refusal(f"`{path}` is called {calls} times in eval mode and {more} times in train mode")
+    if len(before.outputs) != len(after.outputs):
+        raise Refusal(f"in train mode it returns {len(after.outputs)} tensors instead of {len(before.outputs)}")
+    try:
+        _compare(before, after, changed, allow_resize)
+    except Refusal as refusal:
+        raise Refusal(f"in train mode {refusal}") from refusal
 
 
 def _settings(module: nn.Module) -> list[str]:
@@ -93,7 +131,7 @@ def _settings(module: nn.Module) -> list[str]:
 
 def _counts(recording: Recording) -> bool:
     """Whether the length of an output may depend on pixel values: a detector returns as many boxes as it finds."""
-    return not recording.meta and any(op.kind in _COUNTING and op.inputs for op in recording.ops)
+    return not recording.meta and any(op.kind in COUNTING and op.inputs for op in recording.ops)
 
 
 def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:
@@ -118,7 +156,7 @@ def _check_obeyed(after: Recording, given: Mapping[str, Mapping[str, Any]]) -> N
                 raise Refusal(f"`{path}` runs with {name} {used} whatever its attribute `{name}` says")
 
 
-def _blame(original: Recording, error: ForwardFailedError) -> str:
+def blame(original: Recording, error: ForwardFailedError) -> str:
     """One line: the module that stops the conversion, the sizes it was given before and now, what it said."""
     was = shape_at(original, error.path)
     now = str(error.shapes[0]) if error.shapes else "no tensor"

@@ -68,7 +68,7 @@ def test_table_shows_every_figure_uncut(capsys: pytest.CaptureFixture[str]) -> N
         (["table", "--json", "/nowhere/x.json"], "cannot write /nowhere/x.json: there is no folder /nowhere"),
         (["evaluate", "/nowhere", "--json", "/"], "cannot write /: it is a folder"),
         (["train", "digits/resnet20", "--variant", "x", "--cpu"], "no variant 'x'; it has original, padfree"),
-        (["train", "digits/resnet20", "optimizer.lr=fast"], "optimizer.sgd.lr: "),
+        (["train", "digits/resnet20", "optimizer.lr=fast"], "optimizer.lr: "),
         (["train", "digits/resnet20", "--seed", "1", "training.epoch=3"], "training.epoch: "),
         (["train", "cifar100-first/resnet20", "--cpu", "data.root=/nowhere"], "no CIFAR100: looked for"),
         (["train", "digits/resnet20", "--cpu", "--mixed-precision", "fp16"], "fp16 needs an accelerator"),
@@ -161,4 +161,7 @@ def test_a_missing_package_is_one_line(package: str, command: str, tmp_path: Pat
     code += f"sys.exit(main({command.split()!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"padfree-recipes: needs the package {package}: pip install 'padfree[recipes]'\n"
+    assert (
+        done.stderr
+        == f'padfree-recipes: needs the package {package}: pip install ".[recipes]" in the source folder of padfree\n'
+    )

@@ -82,7 +82,7 @@ def test_every_fault_of_a_file_is_told_at_once_with_file_and_key(small: Path) ->
         load(small)
     message = str(caught.value)
     assert message.startswith(f"{small}: 4 faults: ")
-    assert "optimizer.sgd.lr: input should be greater than 0 (it is -1.0)" in message.replace("-1)", "-1.0)")
+    assert "optimizer.lr: input should be greater than 0 (it is -1.0)" in message.replace("-1)", "-1.0)")
     assert "training.epochs: " in message and "(it is 'many')" in message
     assert "training.colour: " in message
     assert "data.train: no transform 'RandomCorp'; there are CenterCrop" in message
@@ -121,7 +121,7 @@ def test_what_is_no_recipe_is_refused(text: str, words: str, tmp_path: Path) -> 
             "efficientformerv2={blocks: [a], attention: [b]}",
             r"attention lists \['b'\], which blocks does not",
         ),
-        ("schedule.name=linear", "schedule: "),
+        ("schedule.name=linear", "schedule.name: no 'linear'; "),
         ("training.epochs=true", r"training.epochs: input should be a valid integer \(it is True\)"),
         ("name=mine", "name: a recipe is named by its file; leave this key out"),
     ],

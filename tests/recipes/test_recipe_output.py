@@ -15,7 +15,7 @@ CLI = f"{sys.executable} -m padfree.recipes.cli"
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        ["bash", "-c", command], env=kept | environment, capture_output=True, text=True, timeout=120, check=False
+        ["bash", "-c", command], env=kept | environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -33,7 +33,7 @@ def test_a_reader_that_goes_away_is_not_a_table_that_is_off(command: str) -> Non
     reader, writer = os.pipe()
     os.close(reader)
     command_line = [*CLI.split(), *command.split()]
-    done = subprocess.run(command_line, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    done = subprocess.run(command_line, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

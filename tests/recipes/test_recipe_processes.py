@@ -29,7 +29,7 @@ def launch(processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
     command += ["--nproc-per-node", str(processes), "-m", "padfree.recipes.cli"]
     command += ["train", RECIPE, "--out", str(folder), "--cpu", "--quiet", *SMALLER]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

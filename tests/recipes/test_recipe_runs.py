@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from padfree.recipes import load
-from padfree.recipes.checkpoints import Progress, RunError, checkpoints, read_progress, read_run
+from padfree.recipes.checkpoints import Progress, RunError, checkpoints, read_progress
+from padfree.recipes.run_folder import read_run
 from padfree.recipes.train import SEEDS, Run, TrainingError, epoch_seed, train
 from safetensors.torch import load_file, save_file
 
@@ -129,13 +131,17 @@ def test_a_checkpoint_of_another_content_is_told(
 def forget_sizes(path: Path) -> None:
     """The checks of the content alone."""
     progress = path / "progress.json"
-    progress.write_text(json.dumps({**json.loads(progress.read_text()), "files": {}}))
+    progress.write_text(json.dumps({"epochs": json.loads(progress.read_text())["epochs"]}))
 
 
-def test_the_sizes_of_all_files_are_kept(folder: Path) -> None:
+def test_the_checksums_of_all_files_are_kept(folder: Path) -> None:
     path = checkpoints(folder)[-1]
     files = json.loads((path / "progress.json").read_text())["files"]
-    assert files == {item.name: item.stat().st_size for item in path.iterdir() if item.name != "progress.json"}
+    assert files == {
+        item.name: {"bytes": item.stat().st_size, "sha256": hashlib.sha256(item.read_bytes()).hexdigest()}
+        for item in path.iterdir()
+        if item.name != "progress.json"
+    }
     assert {"weights.safetensors", "random_states_0.pkl", "optimizer.bin"} <= files.keys()
 
 
@@ -158,12 +164,15 @@ def test_progress_that_cannot_be_is_told(change: Callable[[Any], Any], words: st
         read_progress(folder)
 
 
-def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(small: Path, folder: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(
+    small: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "checkpoints" / "epoch-0002").mkdir()
-    with pytest.raises(RunError, match=r"epoch-0002 is damaged \(.*\); remove it to go on from the one before"):
-        resume(small, folder)
-    (folder / "checkpoints" / "epoch-0002").rmdir()
     assert resume(small, folder).done == 1
+    said = capsys.readouterr().err
+    assert "epoch-0002 is damaged (" in said and "the run goes on from" in said and said.count("\n") == 1
+    assert [path.name for path in checkpoints(folder)] == ["epoch-0001"]
+    assert (folder / "checkpoints" / "damaged-epoch-0002").is_dir()
 
 
 def test_files_where_folders_belong(small: Path, folder: Path) -> None:

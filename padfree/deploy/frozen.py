@@ -1,0 +1,60 @@
+"""The contract of a fused network: it computes what it does now, and nothing in it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from padfree.errors import PadfreeError
+
+MARK = "padfree_fused"
+"""Plain attribute of a fused network: the (C, H, W) that it was fused at."""
+
+
+def freeze(model: nn.Module, size: tuple[int, ...]) -> None:
+    """Freeze a fused network, in place: no gradients, no training mode, no weights of another network.
+
+    Each module gets a `train` of its own on the instance: its class stays what it is to whatever asks.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        module.training = False
+        module.__dict__["train"] = _Frozen(module)
+    model.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
+    model.__dict__[MARK] = tuple(size)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `padfree.fuse` returned this network."""
+    return MARK in model.__dict__
+
+
+class _Frozen:
+    """The `train` of a module of a fused network; an object, so that it is copied and pickled with the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise PadfreeError(
+                f"this {type(self.module).__name__} belongs to a fused network, whose batch norms are folded and whose "
+                "weights are frozen; train the network that padfree.fuse was given, and fuse it afterwards"
+            )
+        return self.module
+
+
+def _check_keys(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, metadata: Any, strict: bool, *_: Any
+) -> None:
+    """Refuse weights of the network before it was fused, whatever `strict` says: they are not the same values."""
+    own, given = set(module.state_dict()), {key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
+    if own != given:
+        first = ", ".join(sorted(own ^ given)[:3])
+        raise PadfreeError(
+            f"this {type(module).__name__} is fused, and these are not the weights of a fused one ({len(own ^ given)} "
+            f"keys differ, {first}, ...); load them into the unfused network, and fuse it then"
+        )
