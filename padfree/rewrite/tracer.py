@@ -13,8 +13,6 @@ import enum
 import inspect
 import operator
 import threading
-import types
-import typing
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from padfree.record.recording import Call, Recording
 from padfree.record.trees import first_line
 from padfree.rewrite.asserts import asserted
 from padfree.rewrite.forward import is_rewritten
+from padfree.rewrite.hints import parameter_types, without_none
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
 from padfree.rewrite.reads import watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
@@ -290,34 +289,12 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
         raise Refusal(f"the forward of {where} writes its own attribute `{writes[0]}`")
     if changed := spy.watch.changed():
         raise Refusal(f"the forward of {where} writes into {changed[0]}")
-    hints = _types(spy.module)
+    hints = parameter_types(spy.module)
     for node in graph.nodes:  # annotations may name what only the block's own file imports
         hint = hints.get(node.target) if node.op == "placeholder" else None
         given = holds_tensor((tracer.arguments.get(node.target),)) and not node.args
-        node.type = _without_none(hint) if given else hint
+        node.type = without_none(hint) if given else hint
     return graph
-
-
-def _types(module: nn.Module) -> dict[str, Any]:
-    """The types of a forward's parameters that are made of tensors, numbers and `typing`: TorchScript needs them."""
-    try:
-        hints = typing.get_type_hints(type(module).forward)
-    except Exception:  # they name what only type checkers see
-        return {}
-    return {name: hint for name, hint in hints.items() if _is_plain(hint)}
-
-
-def _without_none(hint: Any) -> Any:
-    parts = [part for part in typing.get_args(hint) if part is not type(None)]
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType) and len(parts) == 1
-    return parts[0] if optional else hint
-
-
-def _is_plain(hint: Any) -> bool:
-    parts = typing.get_args(hint)
-    if not parts:
-        return hint in (torch.Tensor, int, float, bool, str, type(None))
-    return typing.get_origin(hint) in (list, tuple, dict, typing.Union, types.UnionType) and all(map(_is_plain, parts))
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:
