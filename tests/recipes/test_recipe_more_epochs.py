@@ -39,11 +39,10 @@ def test_a_cosine_is_computed_anew_and_that_is_said(
     said = capsys.readouterr().err
     assert "was a run of 2 epochs, and goes on to 4" in said
     assert f"computed anew for 4 epochs: it goes on at {cosine(3, 4):g}, and was at 0.01" in said
-    assert go(small, folder, "training.epochs=4", resume=True).done == 5
+    assert go(small, folder, "training.epochs=4", resume=True).done == 4
     assert capsys.readouterr().err == ""
-    for epochs in (3, 2):
-        with pytest.raises(RunError, match=rf"training.epochs is {epochs} and was 4 \(training.epochs can only grow\)"):
-            go(small, folder, f"training.epochs={epochs}", resume=True)
+    with pytest.raises(RunError, match=r"training\.epochs is 3 and was 4 \(training\.epochs can only grow\)"):
+        go(small, folder, "training.epochs=3", resume=True)
 
 
 def test_steps_go_on_as_they_were(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
