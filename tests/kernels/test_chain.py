@@ -118,6 +118,7 @@ def test_c_takes_the_windows_of_the_families(window, layout, monkeypatch):
             assert_alike(chain(*told), chain_meaning(*told))
 
 
+@built  # torch's own float32 gelu of 3e38 is infinite on some processors
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "leaky_relu(-0.3)"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_of_any_number(layout, act):
