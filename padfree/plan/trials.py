@@ -31,6 +31,8 @@ class Trials:
             None: meta tensors are enough.
     """
 
+    _run: Callable[[tuple[Operation, ...]], str] | None = None
+
     def __init__(
         self,
         sites: Sites,
@@ -68,9 +70,6 @@ class Trials:
         return self._returned[tuple(groups)]
 
     def _settle(self, groups: list[Group]) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
-        operations, _ = self.attempt(groups)
-        if operations is not None:
-            return groups, operations, []
         reasons = {group: why for group in groups if (why := self._untraceable(group.matches))}
         untraceable = set(reasons)
         sound = [group for group in groups if group not in untraceable]

@@ -73,5 +73,5 @@ def test_named_places() -> None:
 
 
 def test_the_places_of_a_plan() -> None:
-    wanted = Exactly(frozenset({match("a", 3).key})).wanted([match("a", 4)], [])
+    wanted = Exactly((match("a", 3),)).wanted([match("a", 4)], [])
     assert match("a", 3).key in wanted and match("a", 4).key not in wanted
