@@ -73,6 +73,8 @@ def _failed(message: str, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
+    # in one line however narrow the terminal is: reports of faults quote it
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}; {kernels.describe()}")
     model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
     model.add_argument("--timm", metavar="NAME", help="a timm model")

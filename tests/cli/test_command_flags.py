@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 from padfree.recipes import cli as recipes_cli
 
@@ -23,19 +20,15 @@ def test_the_version_is_told(main: object, capsys: pytest.CaptureFixture[str]) -
     assert out.startswith(f"padfree {padfree.__version__}") and out.count("\n") == 1 and err == ""
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_version_names_the_kernels(
-    there: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("text", ["C kernels: available", "C kernels: missing " + "and why " * 20])
+def test_the_version_names_the_kernels_in_one_line(
+    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kernels = types.ModuleType("padfree.kernels")
-    kernels.describe = lambda: "C kernels: available"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "padfree.kernels", kernels if there else None)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("padfree.kernels.describe", lambda: text.strip())
     with pytest.raises(SystemExit):
         convert_cli.main(["--version"])
-    expected = (
-        f"padfree {padfree.__version__} (C kernels: available)\n" if there else f"padfree {padfree.__version__}\n"
-    )
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out == f"padfree {padfree.__version__}; {text.strip()}\n"
 
 
 @pytest.mark.parametrize(
