@@ -1,12 +1,14 @@
 """Whether the methods that a network offers beside `forward` still give what its forward gives.
 
 `forward_intermediates`, `forward_head` and their like run code of their own over the same children: past the forwards
-that the conversion generated, or with sizes that it changed. Each is run on weightless tensors, and what it returns is
-told by how it was computed: operations, their arguments and the weights they read, views left out. A method agrees when
+that the conversion generated, or with sizes that it changed. Each is run on weightless tensors, and values are told by
+how they were computed: operations, their arguments and the weights they read, views left out. A method agrees when
 
 1. it runs where it ran before;
 2. it returns as many tensors, of as many channels;
-3. what the original forward computed too, the converted forward computes too.
+3. where it returned a value of the original forward, it returns what the converted forward has in that value's place:
+   what the same modules read, or else what the same module returns;
+4. where it made something else of values of the forward, it computes what is in their places now.
 
 A method that the forward itself calls is the forward.
 """
@@ -15,16 +17,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from padfree.analysis.kinds import VIEWS, plain_kind
+from padfree.errors import PadfreeError
+from padfree.indices import ValueId
 from padfree.record.copies import full_copy
-from padfree.record.recorder import Recorder
-from padfree.record.recording import Recording
+from padfree.record.recorder import NO_OP, Op, Recorder, Value
+from padfree.record.recording import Call, Recording, record
 from padfree.record.trees import Ref, first_line, storage, tensors
 from padfree.rewrite.operations import Refuse
 from padfree.rewrite.refusing import refused_methods
@@ -32,15 +36,6 @@ from padfree.rewrite.refusing import refused_methods
 _NAMED = ("get_intermediate_layers",)
 _PREFIX = "forward_"
 _FEATURES, _HEAD = "forward_features", "forward_head"
-
-
-@dataclass(frozen=True)
-class _Returned:
-    """What a method returned: how each tensor was computed, and its shape; `known` is all that was computed."""
-
-    prints: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    known: frozenset[int]
 
 
 def disagreeing(before: Recording, converted: nn.Module) -> tuple[Refuse, ...]:
@@ -56,13 +51,11 @@ def disagreeing(before: Recording, converted: nn.Module) -> tuple[Refuse, ...]:
     original = full_copy(before.model)
     found = []
     for path, names in offering.items():
-        example = _example(before, path)
-        if example is None:
-            continue
-        pair = _Pair(original.get_submodule(path), converted.get_submodule(path), example)
-        refused = tuple((name, why) for name in names if (why := pair.difference(name)))
-        if refused:
-            found.append(Refuse(path, refused))
+        calls = before.calls_of.get(path, [])
+        if len(calls) == 1 and not calls[0].arguments[1]:  # its arguments are positional
+            pair = _Pair(before, path, original.get_submodule(path), converted.get_submodule(path))
+            refused = tuple((name, why) for name in names if (why := pair.difference(name)))
+            found += [Refuse(path, refused)] if refused else []
     return tuple(found)
 
 
@@ -73,66 +66,126 @@ def _methods(module: nn.Module) -> list[str]:
     return [name for name in offered if inspect.isfunction(inspect.getattr_static(kind, name)) and name not in refused]
 
 
-def _example(before: Recording, path: str) -> tuple[Any, ...] | None:
-    """What a module is called on, if that is once and without keywords."""
-    calls = before.calls_of.get(path, [])
-    return calls[0].arguments[0] if len(calls) == 1 and not calls[0].arguments[1] else None
+@dataclass(frozen=True)
+class _Run:
+    """What a method did: the values it returned, how each value was computed, and from which others."""
+
+    returned: tuple[Value, ...]
+    prints: list[int]
+    ops: list[Op]
+    values: list[Value]
+
+    def made_of(self, known: frozenset[int], value: ValueId) -> set[int]:
+        """Those of the `known` prints that a value is made of by way of none other."""
+        found: set[int] = set()
+        seen, stack = {value}, [value]
+        while stack:
+            current = stack.pop()
+            if self.prints[current] in known:
+                found.add(self.prints[current])
+            elif self.values[current].producer != NO_OP:
+                new = set(self.ops[self.values[current].producer].inputs) - seen
+                seen |= new
+                stack += new
+        return found
 
 
 class _Pair:
-    """A module as it was and as it is, run on the same arguments."""
+    """A module as it was and as it is, run on the arguments that it was called on."""
 
-    def __init__(self, original: nn.Module, converted: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, before: Recording, path: str, original: nn.Module, converted: nn.Module) -> None:
+        self._before = before
+        self._path = path
         self._original = original
         self._converted = converted
-        self._example = example
+        self._example: tuple[Any, ...] = before.calls_of[path][0].arguments[0]
         self._called: set[str] = set()  # methods that the converted forward itself calls
-        self._forward = self._noted_forward()
+        self._after = self._noted_forward()
 
     def difference(self, name: str) -> str:
         """Why a method does not agree any more; "" where it does, or where it does not run on such arguments."""
         inner = (_FEATURES, _HEAD) if name == _HEAD else (name,)
-        if self._forward is None or self._called.issuperset(inner):  # it takes no map of the size that it had, or is it
+        if self._after is None or self._called.issuperset(inner):  # it takes no map of the size that it had, or is it
+            return ""
+        was = self._tried(self._original, name)
+        if was is None:
             return ""
         try:
             now = _run(self._converted, _method(self._converted, name), self._example)
+        except PadfreeError:  # it raises by itself, and says what to do
+            return ""
         except Exception as error:  # whatever its code does with other sizes
-            return "" if self._before(name) is None else f"it fails with {type(error).__name__}: {first_line(error)}"
-        if self._forward.known.issuperset(now.prints):
-            return ""  # what the forward computes has the sizes that it has there
-        was = self._before(name)
-        return "" if was is None else self._compared(was, now, self._forward.known)
+            return f"it fails with {type(error).__name__}: {first_line(error)}"
+        if len(was.returned) != len(now.returned):
+            return f"it returns {len(now.returned)} tensors instead of {len(was.returned)}"
+        pairs = enumerate(zip(was.returned, now.returned, strict=True))
+        reasons = ((index, self._compared(was, now, *pair)) for index, pair in pairs)
+        return next((f"tensor {index} that it returns {why}" for index, why in reasons if why), "")
 
-    def _compared(self, was: _Returned, now: _Returned, known: frozenset[int]) -> str:
-        if len(was.prints) != len(now.prints):
-            return f"it returns {len(now.prints)} tensors instead of {len(was.prints)}"
-        known_before = frozenset() if self._forward_before is None else self._forward_before.known
-        for index, (before, after) in enumerate(zip(was.prints, now.prints, strict=True)):
-            if before in known_before and after not in known:
-                return f"tensor {index} that it returns is none that the forward computes"
-            shape, new = was.shapes[index], now.shapes[index]
-            axes = [axis for axis in range(1, len(shape)) if new[axis : axis + 1] == shape[axis : axis + 1]]
-            if len(shape) != len(new) or (len(shape) > 1 and not {1, len(shape) - 1}.intersection(axes)):
-                return f"tensor {index} that it returns would be of shape {new} instead of {shape}"
+    def _compared(self, was: _Run, now: _Run, old: Value, new: Value) -> str:
+        how = was.prints[old.index]
+        there = self._places.get(how)
+        if there:
+            if now.prints[new.index] not in there:
+                return "is not what the forward has there"
+        elif how not in self._places:
+            made_of = (self._places[inner] for inner in was.made_of(frozenset(self._places), old.index))
+            if any(places and places.isdisjoint(now.prints) for places in made_of):
+                return "is made of other values than the forward's"
+        a, b = old.shape, new.shape
+        if len(a) != len(b) or (len(a) > 1 and a[1] != b[1] and a[-1] != b[-1]):
+            return f"would be of shape {b} instead of {a}"
         return ""
 
-    def _noted_forward(self) -> _Returned | None:
+    @functools.cached_property
+    def _places(self) -> dict[int, set[int]]:
+        """By how a value of the original forward was computed, how those were that the converted one has in its place.
+
+        None are known for a value that no module reads or returns.
+        """
+        before = self._before
+        if self._path:
+            before = record(self._original, like=replace(before, example=self._example))
+        assert self._after is not None
+        was, now = (_prints(part.values, part.ops, part.inputs) for part in (before, self._after))
+        places: dict[int, set[int]] = {was[value.index]: set() for value in before.values if value.live}
+        there = dict(_numbered(self._after.calls))
+        pairs = [(call, there[key]) for key, call in _numbered(before.calls) if key in there]
+        for old, new in pairs:
+            for value, instead in zip(old.inputs, new.inputs, strict=False):
+                places.setdefault(was[value], set()).add(now[instead])
+        for old, new in pairs:  # the outermost first
+            for value, instead in zip(old.outputs, new.outputs, strict=False):
+                if not places.setdefault(was[value], set()):
+                    places[was[value]].add(now[instead])
+        return places
+
+    def _noted_forward(self) -> Recording | None:
         module = self._converted
         names = [name for name in _methods(module) if name not in module.__dict__]
         for name in names:
             module.__dict__[name] = _noting(getattr(module, name), name, self._called)
         try:
-            return _tried(module, module, self._example)
+            return record(module, like=replace(self._before, example=self._example))
+        except Exception:  # it takes no map of the size that it had
+            return None
         finally:
             for name in names:
                 del module.__dict__[name]
 
-    @functools.cached_property
-    def _forward_before(self) -> _Returned | None:
-        return _tried(self._original, self._original, self._example)
+    def _tried(self, module: nn.Module, name: str) -> _Run | None:
+        try:
+            return _run(module, _method(module, name), self._example)
+        except Exception:  # it takes other arguments
+            return None
 
-    def _before(self, name: str) -> _Returned | None:
-        return _tried(self._original, _method(self._original, name), self._example)
+
+def _numbered(calls: Iterable[Call]) -> Iterator[tuple[tuple[str, int], Call]]:
+    """Calls by module path and how often it was called before."""
+    count: dict[str, int] = {}
+    for call in calls:
+        count[call.path] = count.get(call.path, -1) + 1
+        yield (call.path, count[call.path]), call
 
 
 def _method(module: Any, name: str) -> Callable[..., Any]:
@@ -150,32 +203,22 @@ def _noting(method: Callable[..., Any], name: str, called: set[str]) -> Callable
     return noting
 
 
-def _tried(module: nn.Module, run: Callable[..., Any], example: tuple[Any, ...]) -> _Returned | None:
-    try:
-        return _run(module, run, example)
-    except Exception:  # it takes other arguments, or refuses itself
-        return None
-
-
-def _run(module: nn.Module, run: Callable[..., Any], example: tuple[Any, ...]) -> _Returned:
+def _run(module: nn.Module, run: Callable[..., Any], example: tuple[Any, ...]) -> _Run:
     named = (*module.named_parameters(), *module.named_buffers())
     recorder = Recorder({storage(tensor): name for name, tensor in named})
     given = [recorder.enter(tensor) for tensor in tensors(example)]
     with recorder:
         result = run(*example)
-    returned = tensors((result,))
-    last = [recorder.value(tensor) for tensor in returned]
-    prints = _prints(recorder, given)
-    shapes = tuple(tuple(tensor.shape) for tensor in returned)
-    return _Returned(tuple(prints[value] for value in last), shapes, frozenset(prints))
+    returned = tuple(recorder.values[recorder.value(tensor)] for tensor in tensors((result,)))
+    return _Run(returned, _prints(recorder.values, recorder.ops, given), recorder.ops, recorder.values)
 
 
-def _prints(recorder: Recorder, given: list[Any]) -> list[int]:
+def _prints(values: Sequence[Value], ops: Iterable[Op], given: Iterable[ValueId]) -> list[int]:
     """What tells by value index how each was computed."""
-    prints = [hash((value.name, value.shape)) for value in recorder.values]
+    prints = [hash((value.name, value.shape)) for value in values]
     for position, index in enumerate(given):
         prints[index] = hash(("input", position))
-    for op in recorder.ops:
+    for op in ops:
         if plain_kind(op) in VIEWS and len(op.inputs) == 1:
             for out in op.outputs:
                 prints[out] = prints[op.inputs[0]]
@@ -186,7 +229,7 @@ def _prints(recorder: Recorder, given: list[Any]) -> list[int]:
     return prints
 
 
-def _resolved(tree: Any, prints: list[int]) -> Iterator[Any]:
+def _resolved(tree: Iterable[Any], prints: list[int]) -> Iterator[Any]:
     """Recorded arguments, tensors as how they were computed, everything else as text."""
     for item in tree:
         if isinstance(item, Ref):
