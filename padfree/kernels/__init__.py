@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from padfree.kernels.chain import activation, chain, chain_meaning
+from padfree.kernels.chain import activation, chain, chain_meaning, fused_chain
 from padfree.kernels.extension import available, describe
 from padfree.kernels.pool import backward_meaning, max_pool, shortcut_pool, taps_meaning, values_meaning
 
@@ -27,6 +27,7 @@ __all__ = [
     "chain",
     "chain_meaning",
     "describe",
+    "fused_chain",
     "max_pool",
     "shortcut_pool",
 ]

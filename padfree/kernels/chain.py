@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from padfree.kernels import extension
-from padfree.kernels.extension import empty_map, is_dense_map, threads
+from padfree.kernels.extension import empty_map, has_memory, has_tangent, is_dense_map, threads
 from padfree.kernels.pool import LIBRARY
 from padfree.kernels.pool import max_pool as _max_pool
 
-__all__ = ["activation", "chain", "chain_meaning"]
+__all__ = ["activation", "chain", "chain_meaning", "fused_chain"]
 
 # A 1x1 convolution with more inputs, or more weights, is left to torch's product of matrices.
 WIDEST, LARGEST = 512, 1 << 18
@@ -288,6 +288,19 @@ def _batched(info: Any, axes: tuple[int | None, ...], x: _Tensor, *settings: Any
         for i in range(info.batch_size)
     )
     return torch.stack([chain(*arguments) for arguments in each]), 0
+
+
+def fused_chain(x: _Tensor, *settings: Any) -> _Tensor:
+    """`padfree::chain`, or its meaning where `torch.func` or forward-mode AD follow `x`: it has no rule for them.
+
+    Args:
+        x: (N, C, H, W).
+        settings: the operator's other arguments, in their order.
+    """
+    if not torch.compiler.is_compiling() and (not has_memory(x) or has_tangent(x)):
+        return chain_meaning(x, *settings)
+    result: _Tensor = chain(x, *settings)
+    return result
 
 
 LIBRARY.impl("chain", _chain_cpu, "CPU")

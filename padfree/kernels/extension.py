@@ -7,13 +7,24 @@ knows nothing of torch. `native` is None where it is missing: the operators comp
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from padfree.kernels import _native as native
 except ImportError:
     native = None  # type: ignore[assignment]
 
-__all__ = ["available", "describe", "empty_map", "is_dense_map", "native", "sizes", "threads"]
+__all__ = [
+    "available",
+    "describe",
+    "empty_map",
+    "has_memory",
+    "has_tangent",
+    "is_dense_map",
+    "native",
+    "sizes",
+    "threads",
+]
 
 THREADED_NUMEL = 1 << 16  # elements of a map from which torch's number of threads is taken
 
@@ -58,3 +69,16 @@ def sizes(x: torch.Tensor) -> tuple[int, int, int, int]:
 def threads(x: torch.Tensor) -> int:
     """How many threads to work on a map with: torch's number, or one for a small map."""
     return torch.get_num_threads() if x.numel() >= THREADED_NUMEL else 1
+
+
+def has_tangent(x: torch.Tensor) -> bool:
+    """Whether forward-mode AD follows it."""
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+
+
+def has_memory(x: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory: those that `torch.func` wraps do not; they are `F.max_pool2d`'s."""
+    try:
+        return x.data_ptr() != 0
+    except RuntimeError:
+        return False

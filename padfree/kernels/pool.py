@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 
 from padfree.kernels import extension
-from padfree.kernels.extension import empty_map, is_dense_map, sizes, threads
+from padfree.kernels.extension import empty_map, has_memory, has_tangent, is_dense_map, sizes, threads
 
 __all__ = ["backward_meaning", "max_pool", "shortcut_pool", "taps_meaning", "values_meaning"]
 
@@ -91,26 +90,13 @@ def _called(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Te
 def _differentiable(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
     """`padfree::max_pool`: by its parts where C knows the map, and by `F.max_pool2d`."""
     known = x.dtype is torch.float32 and (kernel == 3 or kernel == 5) and (stride == 1 or stride == 2)
-    if not known or not x.is_cpu or not _has_memory(x) or _has_tangent(x):
+    if not known or not x.is_cpu or not has_memory(x) or has_tangent(x):
         return F.max_pool2d(x, kernel, stride, padding)
     if x.requires_grad and torch.is_grad_enabled():
         pooled: torch.Tensor = _MaxPool.apply(x, kernel, stride, padding)[0]
         return pooled
     values: torch.Tensor = VALUES(x, kernel, stride, padding)
     return values
-
-
-def _has_tangent(x: torch.Tensor) -> bool:
-    """Whether forward-mode AD follows it."""
-    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def _has_memory(x: torch.Tensor) -> bool:
-    """Whether a tensor lies in memory: those that `torch.func` wraps do not; they are `F.max_pool2d`'s."""
-    try:
-        return x.data_ptr() != 0
-    except RuntimeError:
-        return False
 
 
 # -- what the operators compute, in torch's own -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from padfree.errors import PadfreeError
-from padfree.kernels import chain
+from padfree.kernels import fused_chain
 
 TENSORS = ("weight", "bias", "scale", "shift", "point_weight", "point_bias")
 SETTINGS = ("ahead", "stride", "padding", "act", "pool", "pool_padding", "merge", "point_act", "residual")
@@ -48,11 +48,10 @@ class FusedChain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the chain."""
-        result: Tensor = chain(
+        return fused_chain(
             x, self.ahead, self.weight, self.bias, self.stride, self.padding, self.scale, self.shift, self.act,
             self.pool, self.pool_padding, self.merge, self.point_weight, self.point_bias, self.point_act, self.residual,
         )  # fmt: skip
-        return result
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse another shape for what was fused.

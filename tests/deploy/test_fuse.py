@@ -437,3 +437,17 @@ def test_what_looks_at_the_size_is_compared_at_two():
     model = drawn(nn.Sequential(Sized(nn.ReLU())))
     with pytest.raises(padfree.PadfreeError, match="the fused Sequential fails"):
         padfree.fuse(model, input_size=(3, 9, 9))
+
+
+def test_forward_mode_and_functional_gradients_are_those_of_the_network(built):
+    converted = built("mobilenetv3_small_050")
+    fused = padfree.fuse(converted)
+    x = image(64)
+    tangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    (_, ours), (_, theirs) = (torch.func.jvp(model, (x,), (tangent,)) for model in (fused, converted))
+    assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    with torch.autograd.forward_ad.dual_level():
+        dual = fused(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, ours)
+    first, second = (torch.func.grad(lambda z, m=model: m(z).sum())(x) for model in (fused, converted))
+    assert_close(first, second, rtol=1e-4, atol=1e-4 * float(second.abs().max()))
