@@ -122,6 +122,7 @@ def prepare(model: nn.Module, request: Request) -> Prepared:
         groups, skips = find(sites, request.rules, request.options, request.places)
         run = real_run(model, sites.recording, put_back) if request.check else None
         trials = Trials(sites, request.options, request.rules, run)
+        groups = trials.placed(groups)
         operations, _ = trials.attempt(groups)
         if operations is None or trials.fails(operations):
             groups, operations, failed = trials.settle(groups)

@@ -13,7 +13,7 @@ from padfree.record.trees import first_line
 from padfree.rewrite.operations import Operation, perform
 from padfree.rewrite.surgeon import Surgeon, TraceCache
 from padfree.rules.base import Rule
-from padfree.types import Match, Options, Returned, Skip
+from padfree.types import NO_DOMAIN, Match, Options, Returned, Skip
 from padfree.verify.resizing import returned
 from padfree.verify.verify import Original, verify
 
@@ -47,6 +47,19 @@ class Trials:
         self._original = Original(sites.recording)
         self._run = run
         self._returned: dict[tuple[Group, ...], tuple[Returned, ...]] = {(): returned(sites.recording)}
+
+    def placed(self, groups: list[Group]) -> list[Group]:
+        """The groups, with matches of one module's own at the first of their rule's places that can be operated on."""
+        return [self._placed(group) if group.domain == NO_DOMAIN else group for group in groups]
+
+    def _placed(self, group: Group) -> Group:
+        (match,) = group.matches
+        alternatives = self._rules[match.rule].alternatives
+        if alternatives is None or not self._untraceable(group.matches):
+            return group
+        others = (other for other in alternatives(self.sites, self.options) if other.key == match.key)
+        found = next((other for other in others if not self._untraceable((other,))), match)
+        return Group(group.domain, (found,))
 
     def settle(self, groups: list[Group]) -> tuple[list[Group], tuple[Operation, ...], list[Skip]]:
         """The largest set of groups found that verifies and runs, its operations, and the others as skips.

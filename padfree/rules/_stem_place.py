@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from padfree.analysis.chain import Chain
 from padfree.analysis.convolution import Conv
 from padfree.analysis.kinds import NORMS
 from padfree.analysis.sites import Sites
+from padfree.errors import Refusal
 from padfree.indices import ValueId
 from padfree.rules._downsampling import added, block_for
 
@@ -21,18 +22,33 @@ Placer = Callable[[Sites, Conv, Chain, ValueId, tuple[str, ...]], tuple[str, str
 
 
 def placed(
-    sites: Sites, conv: Conv, chain: Chain, value: ValueId, other_than: tuple[str, ...]
+    sites: Sites, conv: Conv, chain: Chain, value: ValueId, other_than: tuple[str, ...], place: int = 0
 ) -> tuple[str, str | None]:
-    """The entry of what reads the stem; else its activation's place; else a block around it; else a Sequential."""
-    reader = _reader(sites, value)
-    if reader:
-        return reader, None
+    """The first of the possible places, or number `place`.
+
+    Raises:
+        Refusal: there are fewer.
+    """
+    found = list(dict.fromkeys(_places(sites, conv, chain, value, other_than)))
+    if place >= len(found):
+        raise Refusal("there is no other place for a hybrid tail")
+    return found[place]
+
+
+def _places(
+    sites: Sites, conv: Conv, chain: Chain, value: ValueId, other_than: tuple[str, ...]
+) -> Iterator[tuple[str, str | None]]:
+    """The entry of what reads the stem; its activation's place; a block around it; a Sequential; the root."""
+    if reader := _reader(sites, value):
+        yield reader, None
     if chain.act_path and replaceable(sites, chain.act_path) and not _inside_layer(sites, chain.act_path):
-        return "", chain.act_path
+        yield "", chain.act_path
     around = block_for(sites, conv.op, value, owner=conv.path, child=True)
     if around.path and not _inside_layer(sites, around.path, itself=True):
-        return around.path, None
-    return _returning(sites, value, other_than, layers=False) or _reader(sites, value, container=True), None
+        yield around.path, None
+    for path in (_returning(sites, value, other_than, layers=False), _reader(sites, value, container=True), ""):
+        if path or not around.path:
+            yield path, None
 
 
 def placed_earlier(

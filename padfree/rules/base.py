@@ -122,6 +122,8 @@ class Rule:
             conversion, yields further matches (`paper.md`, ParC-MobileNetV2).
         default: whether `convert` uses it when no rules are named.
         details: the classes of its matches' details; without any they are mappings.
+        alternatives: the same matches carried out in other modules, in order of preference, for those whose block
+            cannot be given another forward.
         earlier: finds places as versions before this one did, whose plans are carried out as they say.
     """
 
@@ -133,6 +135,7 @@ class Rule:
     follow: Callable[[Sites, Options, Sizes], Iterable[Match]] | None = None
     default: bool = True
     details: tuple[type[Detail], ...] = ()
+    alternatives: Callable[[Sites, Options], Iterable[Match]] | None = None
     earlier: Matcher | None = None
 
 

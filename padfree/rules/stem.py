@@ -19,6 +19,8 @@ after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +81,16 @@ class Stem(StridedDetail):
 def match(sites: Sites, options: Options) -> Iterator[Match | Skip]:
     """The one stem, if the network has something to convert."""
     return _matches(sites, options, placed)
+
+
+def alternatives(sites: Sites, options: Options) -> Iterator[Match]:
+    """The same with the tail at its other places, for blocks whose forward cannot be rewritten."""
+    first = list(match(sites, options))
+    for place in itertools.count(1):
+        items = list(_matches(sites, options, functools.partial(placed, place=place)))
+        if items == first or not all(isinstance(item, Match) for item in items):
+            return
+        yield from (item for item in items if isinstance(item, Match))
 
 
 def earlier(sites: Sites, options: Options) -> Iterator[Match | Skip]:
@@ -297,4 +309,6 @@ COUNTEREXAMPLES = (
         ("2 separate convs read the input",),
     ),
 )
-RULE = register(Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Stem,), earlier=earlier))
+RULE = register(
+    Rule(NAME, match, rewrite, EXAMPLES, COUNTEREXAMPLES, details=(Stem,), alternatives=alternatives, earlier=earlier)
+)

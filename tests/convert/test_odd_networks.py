@@ -149,9 +149,10 @@ class Auxiliary(nn.Module):
 
 
 def test_a_module_that_runs_once_more_in_training():
-    plan, why = reasons(Auxiliary())
-    assert [match.rule for match in plan.matches] == ["depthwise"]
-    assert "`relu` is called 1 times in eval mode and 2 times in train mode" in why
+    """Its place, that of the stem's activation, is not the tail's any more; the block that reads the stem is."""
+    plan, _ = reasons(Auxiliary())
+    assert [match.rule for match in plan.matches] == ["stem", "depthwise"]
+    assert plan.matches[0].detail.place != "relu"
 
 
 # -- activations that are formulas -----------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_a_norm_over_whole_maps_is_copied_fresh():
     model.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.LayerNorm([8, SIDE, SIDE]), nn.ReLU())
     nn.init.constant_(model.stem[1].weight, 3.0)
     nn.init.constant_(model.stem[1].bias, 7.0)
-    tail = padfree.convert(model, input_size=(3, SIDE, SIDE)).stem[2]
+    tail = padfree.convert(model, input_size=(3, SIDE, SIDE)).block.padfree_stem
     for norm in (tail.norm1, tail.norm2):
         assert norm.weight.shape == (8, SIDE, SIDE) and (norm.weight == 1).all() and (norm.bias == 0).all()
 
