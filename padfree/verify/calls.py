@@ -26,7 +26,7 @@ from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, PRODUCTS, VIEWS, plain_
 from padfree.errors import Refusal
 from padfree.record.recording import Recording
 from padfree.rewrite.forward import original_class
-from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd
+from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Substitute
 from padfree.verify.resizing import CUTS, PADS, RESAMPLING
 
 COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
@@ -62,7 +62,7 @@ class Changed:
                 added.add(f"{op.path}.{op.name}" if op.path else op.name)
             if isinstance(op, MoveChild):
                 replaced.add(op.origin)
-            elif isinstance(op, ReplaceEnd):
+            elif isinstance(op, (ReplaceEnd, Substitute)):
                 replaced.add(op.path)
         return cls(frozenset(rewritten), frozenset(added), frozenset(replaced))
 
