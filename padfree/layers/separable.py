@@ -52,7 +52,8 @@ def nearest_u(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     For each output channel the first singular triple of its (M, k l) matrix (Eckart-Young).
     """
-    return _balanced(*_first_triples(weight.detach().double().flatten(2)))
+    left, size, right = _first_triples(weight.detach().double().flatten(2))
+    return balanced(left * size[:, None], right)
 
 
 def nearest_s(weight: Tensor, mid_channels: int, rounds: int = ROUNDS) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,7 +68,8 @@ def nearest_s(weight: Tensor, mid_channels: int, rounds: int = ROUNDS) -> tuple[
     for _ in range(rounds):
         _, _, right = _first_triples(basis @ matrices)
         basis = _leading(torch.einsum("nmk,nk->nm", matrices, right), mid_channels)
-    return basis, *_balanced(*_first_triples(basis @ matrices))
+    left, size, right = _first_triples(basis @ matrices)
+    return basis, *balanced(left * size[:, None], right)
 
 
 def _first_triples(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,10 +86,11 @@ def _first_triples(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None], size, right
 
 
-def _balanced(left: Tensor, size: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both factors of the same length, so that a step of training moves both alike."""
-    root = size.sqrt()[:, None]
-    return left * root, right * root
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of two factors made equally long, so that a step of training moves both alike; their products stay."""
+    tiny = torch.finfo(left.dtype).tiny
+    ratio = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=1).clamp(min=tiny)).sqrt()[:, None]
+    return left * ratio, right / ratio
 
 
 def _leading(rows: Tensor, count: int) -> Tensor:
