@@ -129,7 +129,7 @@ def replace(
     rule = _rule(kind, settings | {"groups": groups, "condense_factor": condense_factor})
     request, prepared = _prepared(model, rule, include, exclude, input_size, check)
     if not prepared.matches:
-        if any(isinstance(module, _LAYERS[kind]) for module in model.modules()):
+        if include is None and any(isinstance(module, _LAYERS[kind]) for module in model.modules()):
             return model
         raise NothingToConvertError(_nothing(model, kind, prepared))
     images = None if batches is None else as_batches(batches, model)

@@ -45,16 +45,18 @@ class Changed:
 
     Attributes:
         rewritten: whose forward was generated. added: new children. replaced: with all below them, no longer there.
+        substituted: those of the replaced ones whose work the module at their place does.
     """
 
     rewritten: frozenset[str]
     added: frozenset[str]
     replaced: frozenset[str]
+    substituted: frozenset[str] = frozenset()
 
     @classmethod
     def by(cls, operations: Iterable[Operation]) -> Changed:
         """What these operations change."""
-        rewritten, added, replaced = set(), set(), set()
+        rewritten, added, replaced, substituted = set(), set(), set(), set()
         for op in operations:
             if isinstance(op, Reforward) and op.source:
                 rewritten.add(op.path)
@@ -64,11 +66,17 @@ class Changed:
                 replaced.add(op.origin)
             elif isinstance(op, (ReplaceEnd, Substitute)):
                 replaced.add(op.path)
-        return cls(frozenset(rewritten), frozenset(added), frozenset(replaced))
+            if isinstance(op, Substitute):
+                substituted.add(op.path)
+        return cls(frozenset(rewritten), frozenset(added), frozenset(replaced), frozenset(substituted))
 
     def is_new(self, path: str) -> bool:
         """Whether a module is one that was added, or lies in one."""
         return _within(path, self.added)
+
+    def place(self, path: str) -> str:
+        """The path of the module that did before what the module at `path` does now."""
+        return next((root for root in self.substituted if path.startswith(f"{root}.")), path)
 
     def is_gone(self, path: str) -> bool:
         """Whether a module gave its place to another."""

@@ -81,7 +81,7 @@ def _compare(before: Recording, after: Recording, changed: Changed, allow_resize
     check_broadcasting(before, after)
     check_calls(before, after, changed)
     if not allow_resize:
-        check_resizing(before, after, changed.rewritten)
+        check_resizing(before, after, changed.rewritten, changed.place)
         check_sides(before, after)
 
 
