@@ -4,9 +4,11 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
 from padfree import export
+from padfree.adapt.calibrate import calibrate
+from padfree.adapt.report import Calibration
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
-from padfree.errors import PadfreeError
+from padfree.errors import PadfreeError, UntrainedWarning
 from padfree.files.weights import load, save
 from padfree.layers.separable import orthonormal_loss
 from padfree.replacing.replace import replace
@@ -16,6 +18,7 @@ from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Comparison",
     "Example",
     "Match",
@@ -24,7 +27,9 @@ __all__ = [
     "Plan",
     "Rule",
     "Skip",
+    "UntrainedWarning",
     "__version__",
+    "calibrate",
     "compare",
     "convert",
     "export",

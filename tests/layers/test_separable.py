@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import OrderedDict
 
@@ -49,7 +50,7 @@ def test_rounds_of_s_never_make_it_worse() -> None:
         for rounds in range(6)
         for basis, mixed, taps in [nearest_s(given, 4, rounds)]
     ]
-    assert all(after <= before + 1e-9 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
     points, taps = nearest_u(given)  # with a basis of all inputs it is BSConv-U
     basis, mixed, same = nearest_s(given, 8)

@@ -212,9 +212,9 @@ def test_left_alone_with_the_reason(build: Callable[[], nn.Module], words: str) 
 
 
 def test_a_bare_convolution_and_twice_the_same() -> None:
-    with pytest.raises(NothingToConvertError, match="put it into an nn.Sequential"):
+    with pytest.raises(NothingToConvertError, match=r"put it into an nn\.Sequential"):
         replaced(nn.Conv2d(3, 8, 3))
-    with pytest.raises(NothingToConvertError, match="it has no dense nn.Conv2d with such a kernel"):
+    with pytest.raises(NothingToConvertError, match=r"it has no dense nn\.Conv2d with such a kernel"):
         replaced(nn.Sequential(nn.Conv2d(3, 8, 7)))
     small = replaced(nn.Sequential(nn.Conv2d(3, 8, 3)))
     assert replaced(small) is small
@@ -334,7 +334,7 @@ def test_learned_groups_compute_the_same_and_are_condensed_after_a_conversion(tm
     assert [key for key in learned.state_dict() if "mask" not in key] == list(model.state_dict())
     same = replaced(model, "learned-groups", inplace=True, include="3.6")
     assert isinstance(same[3][6], LearnedGroupConv2d)
-    with pytest.raises(NothingToConvertError, match="`3.0`: 8 input channels are no multiple of 16"):
+    with pytest.raises(NothingToConvertError, match=r"`3\.0`: 8 input channels are no multiple of 16"):
         replaced(model, "learned-groups", groups=16, include="3.0")
 
     converted = padfree.convert(learned, input_size=SIZE).eval()
