@@ -24,9 +24,9 @@ import padfree
 from benchmarks.clock import machine, progress, title, write
 from padfree.replacing.norms import reestimate_norms
 
-SIDE = 16  # pixels; the digits have 8
+SIDE = 32  # pixels; the digits have 8
 BATCH = 64
-FITTED_ON = 128  # training images, without their labels
+FITTED_ON = 256  # training images, without their labels
 NORM_BATCHES = 8
 RATE, TUNING_RATE = 0.05, 0.01
 Data = tuple[Tensor, Tensor]
@@ -62,7 +62,7 @@ def train(model: nn.Module, data: Data, epochs: int, rate: float, *, falling: bo
 @torch.no_grad()
 def logits(model: nn.Module, data: Data) -> Tensor:
     """Of the test images, in eval mode."""
-    return torch.cat([model.eval()(part) for part in data[0].split(120)])
+    return torch.cat([model.eval()(part) for part in data[0].split(60)])
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
@@ -124,7 +124,7 @@ def measured(
     train_data, test = data
     torch.manual_seed(0)
     start = time.process_time()
-    small = make(model, [train_data[0][:FITTED_ON]])
+    small = make(model, list(train_data[0][:FITTED_ON].split(BATCH)))
     seconds = time.process_time() - start
     before, after = logits(model, test), logits(small, test)
     row: dict[str, Any] = {
