@@ -11,7 +11,7 @@ from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError, UntrainedWarning
 from padfree.files.weights import load, save
 from padfree.layers.separable import orthonormal_loss
-from padfree.replacing.replace import replace
+from padfree.replacing.replace import plan_replacement, replace
 from padfree.report.comparison import Comparison, compare
 from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "orthonormal_loss",
     "plan",
+    "plan_replacement",
     "register",
     "replace",
     "save",

@@ -140,11 +140,16 @@ class Match:
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.size)} -> {size_text(self.out_before)} becomes {size_text(self.out_after)}"
-        if isinstance(self.detail, Detail) and self.detail.words:
-            sizes = self.detail.words
+        if words(self):
+            sizes = words(self)
         elif self.rule == "stem":
             sizes = f"hybrid tail on {size_text(self.out_before)}"
         return f"{self.rule:<10} {self.name}: {sizes}"
+
+
+def words(match: Match) -> str:
+    """What is done at a place, where the sizes of maps do not say it."""
+    return match.detail.words if isinstance(match.detail, Detail) else ""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch import nn
 
 import padfree
 from padfree import kernels
+from padfree.cli.replacing import HELP as REPLACE_HELP
+from padfree.cli.replacing import replaced
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
@@ -27,7 +29,7 @@ from padfree.files.sources import Source
 from padfree.files.weights import save
 from padfree.files.writing import all_or_none, check_target, replacing
 from padfree.report.comparison import Comparison, compare
-from padfree.types import Options
+from padfree.types import Options, PlanData
 
 _EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
 
@@ -100,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--init", default="auto", help="of new layers: auto (default), preserve or fresh")
     rewrite.add_argument("--allow-resize", action="store_true", help="also where the output would get smaller sides")
     rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
+    rewrite.add_argument("--replace", nargs="+", action="append", metavar=("KIND", "KEY=VALUE"), help=REPLACE_HELP)
+    rewrite.add_argument("--replace-only", action="store_true", help="replace, and do not convert")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
@@ -131,7 +135,7 @@ def _convert(
     if arguments.checkpoint is not None:
         load_checkpoint(original, arguments.checkpoint)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
-    made = _plan(original, arguments, size)
+    made = _planned(original, arguments, size)
     comparison = None
     with all_or_none():
         if not arguments.plan_only:
@@ -143,6 +147,15 @@ def _convert(
             with replacing(Path(str(targets["json"]))) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report, made, comparison
+
+
+def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
+    """The plan of everything that is asked for; its `earlier` plans are those of replacements."""
+    if arguments.replace_only and not arguments.replace:
+        raise PadfreeError("--replace-only is about --replace, which is not asked for")
+    model = replaced(original, arguments.replace or (), size)
+    made: Plan = model.__dict__["padfree_plan"] if arguments.replace_only else _plan(model, arguments, size)
+    return made
 
 
 def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
@@ -242,7 +255,17 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
     content = made.to_dict()
-    return report | {name: content[name] for name in ("options", "matches", "skips", "outputs")}
+    report |= {name: content[name] for name in ("options", "matches", "skips", "outputs")}
+    return report | {"earlier": [plan.to_dict() | {"earlier": None} for plan in _earlier(made)]}
+
+
+def _earlier(made: PlanData) -> list[PlanData]:
+    """The plans that are carried out before one, the first one first."""
+    plans: list[PlanData] = []
+    while made.earlier is not None:
+        made = made.earlier
+        plans.insert(0, made)
+    return plans
 
 
 def _write_models(
@@ -273,6 +296,8 @@ def _publish(
         return
     from padfree.report.display import show
 
+    for first in _earlier(made):
+        show(f"{source}, first", first, None)
     show(str(source), made, comparison)
     for path in targets.values():
         print(f"wrote {path}")

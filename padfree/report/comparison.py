@@ -20,7 +20,7 @@ from padfree.layers.new import new_layers
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
 from padfree.report.last_map import size_with_last_map
-from padfree.report.macs import count_macs
+from padfree.report.macs import count_macs, count_params
 from padfree.report.smallest import minimum_input
 from padfree.types import Returned
 from padfree.verify.resizing import returned
@@ -162,7 +162,7 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
     return Comparison(
         model=type(original).__name__,
         input_size=size,
-        params=Pair(*(sum(p.numel() for p in model.parameters()) for model in (original, converted))),
+        params=Pair(*(count_params(model) for model in (original, converted))),
         macs=Pair(counts[0].macs, counts[1].macs),
         maps=tuple(dict.fromkeys(stage for _, stage in stages)),
         minimum_input=minimum_input(*recordings),

@@ -74,8 +74,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first = coverage.run(["a", "b"], cache, timeout=600)
     with cache.open("a") as file:
         file.write('{"name": "half')
-    again = lambda names, timeout, features: pytest.fail(f"{names} again") if names else []  # noqa: E731
-    monkeypatch.setattr(coverage, "sweep", again)
+    monkeypatch.setattr(
+        coverage, "sweep", lambda names, timeout, features: pytest.fail(f"{names} again") if names else []
+    )
     assert coverage.run(["b", "a"], cache, timeout=600) == first[::-1]
 
 

@@ -88,4 +88,9 @@ def test_its_gradient_is_small_near_the_minimum() -> None:
     loss = padfree.orthonormal_loss(pair, 1.0)
     loss.backward()
     assert float(pair.pw1.weight.grad.norm()) < 0.2  # of the norm itself it is 2
-    assert 0 <= float(loss) < 1e-5
+    assert 0 <= loss.item() < 1e-5
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(padfree.PadfreeError, match="has values that are not finite"):
+        nearest_u(torch.full((2, 2, 3, 3), torch.nan))
