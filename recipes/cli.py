@@ -128,8 +128,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("table", help="measured figures beside the published ones")
     rows = command.add_mutually_exclusive_group()
-    rows.add_argument("--table", metavar="T", help="only this one; `bsconv` for BSConv's own tables")
+    rows.add_argument("--table", metavar="T", help="only this one; `bsconv` is that of BSConv's own tables")
     rows.add_argument("--recipe", metavar="NAME", help="only the rows of this recipe")
+    command.add_argument("--wide", action="store_true", help="all figures, in more than 80 columns")
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_table)
 
@@ -202,35 +203,25 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     from .files import load
-    from .report import check_json, show_bsconv, show_lines, wide_console, write_json
-    from .tables import Line, lines, recipe_lines
+    from .report import check_json, narrow_console, show_narrow, show_wide, wide_console, write_json
+    from .tables import lines, recipe_lines
 
     check_json(arguments.json)
-    errors = Console(stderr=True)
-    found: list[Line] = []
-    with errors.status("") as status:
+    with Console(stderr=True).status("") as status:
 
         def progress(text: str) -> None:
             status.update(f"counting {escape(text)}")
 
-        if arguments.table == "bsconv":
-            from .bsconv_table import bsconv_lines
-
-            rows = list(bsconv_lines(progress=progress))
-        elif arguments.recipe is not None:
+        if arguments.recipe is not None:
             found = list(recipe_lines(load(arguments.recipe), progress))
         else:
             found = list(lines(arguments.table, progress))
-    if arguments.table == "bsconv":
-        if arguments.json is not None:
-            write_json([row.to_dict() for row in rows], arguments.json)
-        else:
-            show_bsconv(rows, wide_console())
-        return int(any(row.off or row.skipped for row in rows))
     if arguments.json is not None:
         write_json([line.to_dict() for line in found], arguments.json)
+    elif arguments.wide:
+        show_wide(found, wide_console())
     else:
-        show_lines(found, wide_console())
+        show_narrow(found, narrow_console())
     return int(any(line.off for line in found))
 
 
