@@ -134,6 +134,20 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_table)
 
+    command = commands.add_parser("benchmark", help="seconds of a forward pass, original and padding-free")
+    command.add_argument(
+        "names",
+        metavar="NETWORK",
+        nargs="*",
+        help="a recipe, or LIBRARY:NAME such as timm:resnet50 (default: the networks of MobileNet_123's table)",
+    )
+    command.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes (default: 16 1)")
+    command.add_argument("--side", type=int, metavar="N", help="pixels of the images (default: the network's, or 224)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="passes timed (default: %(default)s)")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
+    command.set_defaults(run=_benchmark)
+
     _add_training(commands)
     return parser
 
@@ -223,6 +237,26 @@ def _table(arguments: argparse.Namespace) -> int:
     else:
         show_narrow(found, narrow_console())
     return int(any(line.off for line in found))
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from .benchmark import BATCHES, lines, timings
+    from .report import check_json, write_json
+
+    check_json(arguments.json)
+    with Console(stderr=True).status("") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"timing {escape(text)}")
+
+        batches = arguments.batches or BATCHES
+        options = {"side": arguments.side, "repeats": arguments.repeats, "cpu": arguments.cpu, "progress": progress}
+        found = list(timings(arguments.names, batches, **options))
+    if arguments.json is not None:
+        write_json([timing.to_dict() for timing in found], arguments.json)
+    else:
+        print("\n".join(lines(found)))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
