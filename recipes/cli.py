@@ -168,6 +168,9 @@ def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
     command.add_argument("--checkpoint", choices=("best", "last"), default="best")
     command.add_argument("--data-root", metavar="DIR", help="where the data lie now")
+    command.add_argument(
+        "--condensed", action="store_true", help="learned group convolutions as the standard ones that they become"
+    )
     command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_evaluate)
@@ -284,7 +287,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .report import check_json, write_json
 
     check_json(arguments.json)
-    result = evaluate_run(arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu)
+    result = evaluate_run(
+        arguments.folder,
+        arguments.checkpoint,
+        data_root=arguments.data_root,
+        cpu=arguments.cpu,
+        as_condensed=arguments.condensed,
+    )
     if arguments.json is not None:
         write_json(result, arguments.json)
     else:

@@ -14,6 +14,7 @@ import torch
 from padfree.recipes import RecipeError, load
 from padfree.recipes.checkpoints import Progress, checkpoints, read_progress
 from padfree.recipes.condensing import begin_epoch
+from padfree.recipes.evaluate import evaluate_run
 from padfree.recipes.train import Run, train
 from safetensors.torch import load_file
 from torch import nn
@@ -62,6 +63,10 @@ def test_a_learned_group_network_trains_condenses_and_resumes(
     with torch.no_grad():
         torch.testing.assert_close(condensed(model.eval())(images), model(images))
     assert progress.epochs[1].train_loss < progress.epochs[0].train_loss
+
+    tested = [evaluate_run(whole, "last", cpu=True, as_condensed=condense) for condense in (False, True)]
+    assert tested[1]["loss"] == pytest.approx(tested[0]["loss"], rel=1e-5)
+    assert [found["top1"] for found in tested] == [progress.epochs[1].test_top1] * 2
 
 
 class Toy(nn.Module):
