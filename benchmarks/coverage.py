@@ -2,7 +2,8 @@
 
 python -m benchmarks.coverage                    # all of it; resumable, 2 processes
 python -m benchmarks.coverage --sample 60 --seed 1
-python -m benchmarks.coverage --fixed            # the sample that covers every pattern; writes no tables
+python -m benchmarks.coverage --fixed            # the sample that covers every pattern, without feature extractors;
+                                                 # writes no tables
 
 Each model is measured in a worker process: one that dies or takes too long costs its own row and nothing else.
 Finished rows are kept in benchmarks/.coverage-cache, so a run that is stopped goes on where it was, as long as
@@ -47,11 +48,11 @@ class Worker:
     ready: bool = False
 
     @classmethod
-    def start(cls) -> Worker:
+    def start(cls, features: bool) -> Worker:
         """A fresh one; spawned, so that nothing of this process goes along."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        process = context.Process(target=_work, args=(theirs, features), daemon=True)
         process.start()
         theirs.close()
         return cls(process, ours)
@@ -68,7 +69,7 @@ class Worker:
         self.pipe.close()
 
 
-def _work(pipe: Connection) -> None:
+def _work(pipe: Connection, features: bool) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -79,19 +80,22 @@ def _work(pipe: Connection) -> None:
             name = pipe.recv()
         except EOFError:
             return
-        pipe.send(measure(name).to_dict())
+        pipe.send(measure(name, features=features).to_dict())
 
 
-def sweep(names: Sequence[str], timeout: float, processes: int = PROCESSES) -> Iterator[dict[str, Any]]:
+def sweep(
+    names: Sequence[str], timeout: float, processes: int = PROCESSES, *, features: bool = True
+) -> Iterator[dict[str, Any]]:
     """Rows of the named models in the order they finish.
 
     Args:
         names: sources such as "timm:resnet18".
         timeout: seconds one model may take.
         processes: how many are measured at once.
+        features: whether the converted `features_only` form is compared with the classifier too.
     """
     waiting = list(reversed(names))
-    workers = [Worker.start() for _ in range(min(processes, len(names)))]
+    workers = [Worker.start(features) for _ in range(min(processes, len(names)))]
     try:
         for worker in workers:
             worker.give(waiting.pop())
@@ -106,7 +110,7 @@ def sweep(names: Sequence[str], timeout: float, processes: int = PROCESSES) -> I
                 yield row
                 if worker.process.exitcode is not None or row["status"] == "timeout":
                     worker.stop()
-                    worker = workers[index] = Worker.start()
+                    worker = workers[index] = Worker.start(features)
                 worker.name = ""
                 if waiting:
                     worker.give(waiting.pop())
@@ -152,7 +156,7 @@ def _remembered(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def run(names: Sequence[str], cache: Path, timeout: float) -> list[dict[str, Any]]:
+def run(names: Sequence[str], cache: Path, timeout: float, *, features: bool = True) -> list[dict[str, Any]]:
     """Sweep with a progress bar, going on from `cache`; rows in the order of `names`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -161,7 +165,7 @@ def run(names: Sequence[str], cache: Path, timeout: float) -> list[dict[str, Any
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("coverage", total=len(names), completed=len(names) - len(left))
-        for row in sweep(left, timeout):
+        for row in sweep(left, timeout, features=features):
             rows[row["name"]] = row
             cache.parent.mkdir(exist_ok=True)
             with cache.open("a") as file:
@@ -186,12 +190,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.sample is not None:
         names = sorted(random.Random(arguments.seed).sample(names, min(arguments.sample, len(names))))
     whole = not (arguments.fixed or arguments.names or arguments.sample is not None)
-    cache = CACHE / f"{_fingerprint()}.jsonl"
+    cache = CACHE / f"{_fingerprint()}{'-fixed' if arguments.fixed else ''}.jsonl"
     if arguments.fresh:
         cache.unlink(missing_ok=True)
     begun = time.monotonic()
     try:
-        rows = run(names, cache, arguments.timeout)
+        rows = run(names, cache, arguments.timeout, features=not arguments.fixed)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -85,14 +85,19 @@ class KeysChanged(Broken):
     """The old keys, their order or their shapes are not what they were."""
 
 
-def measure(name: str) -> Result:
-    """Build a model on the meta device, plan, convert and check it; whatever happens becomes a `Result`."""
+def measure(name: str, *, features: bool = True) -> Result:
+    """Build a model on the meta device, plan, convert and check it; whatever happens becomes a `Result`.
+
+    Args:
+        name: a source, such as "timm:resnet18".
+        features: whether its `features_only` form is converted too (`Result.shared_keys`).
+    """
     result = Result(name)
     begun = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _measure(result)
+            _measure(result, features)
     except KeysChanged as error:
         result.status, result.reason = "keys", str(error)
     except Broken as error:
@@ -103,7 +108,7 @@ def measure(name: str) -> Result:
     return result
 
 
-def _measure(result: Result) -> None:
+def _measure(result: Result, features: bool) -> None:
     source = Source.from_dict(result.name)
     try:
         model, before = _build(source)
@@ -135,8 +140,8 @@ def _measure(result: Result) -> None:
         result.depthwise_alone = _alone(model, before, plan)
     result.minimum = minimum_input(before, after)
     result.siblings = sum(len(refused_methods(type(module))) for module in converted.modules())
-    features = feature_extractor(source, model)
-    result.shared_keys = "" if features is None else shared_keys(features, converted, plan)
+    extractor = feature_extractor(source, model) if features else None
+    result.shared_keys = "" if extractor is None else shared_keys(extractor, converted, plan)
     result.status = "part" if left else "full"
 
 

@@ -8,6 +8,8 @@ from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError
 from padfree.files.weights import load, save
+from padfree.layers.separable import orthonormal_loss
+from padfree.replacing.replace import replace
 from padfree.report.comparison import Comparison, compare
 from padfree.rules.base import Example, Rule, register
 from padfree.types import Match, Options, Skip
@@ -29,7 +31,9 @@ __all__ = [
     "fuse",
     "is_converted",
     "load",
+    "orthonormal_loss",
     "plan",
     "register",
+    "replace",
     "save",
 ]

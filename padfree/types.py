@@ -71,6 +71,11 @@ class Detail:
         """Whether they write the padding-free size as they stand: nothing is done to them."""
         return False
 
+    @property
+    def words(self) -> str:
+        """What is done there, for people, where the sizes of maps do not say it."""
+        return ""
+
 
 @dataclass(frozen=True)
 class StridedDetail(Detail):
@@ -133,7 +138,9 @@ class Match:
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.size)} -> {size_text(self.out_before)} becomes {size_text(self.out_after)}"
-        if self.rule == "stem":
+        if isinstance(self.detail, Detail) and self.detail.words:
+            sizes = self.detail.words
+        elif self.rule == "stem":
             sizes = f"hybrid tail on {size_text(self.out_before)}"
         return f"{self.rule:<10} {self.name}: {sizes}"
 

@@ -8,12 +8,15 @@ methods and generated forwards, and models that torch.fx cannot trace are fused 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from padfree.deploy.readers import Parameters, hooked
+from padfree.deploy.shuffles import shuffled
+from padfree.indices import ValueId
 from padfree.record.recording import Recording
 from padfree.types import NEW
 
@@ -27,21 +30,24 @@ _NORM_ACTS = {"timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.SyncB
 def fold(model: nn.Module, recording: Recording) -> None:
     """Fold each batch norm of an eval-mode model into the convolution that it follows, in place.
 
-    A norm is folded where it alone reads a plain convolution's output, both run exactly once, share no parameters,
-    whose values nothing else in the network reads, and carry no hooks; every other norm stays. A folded norm becomes an
-    `nn.Identity`, a timm norm-with-activation its activation; its keys leave the state dict, and the convolution gains
-    a bias.
+    A norm is folded where it alone reads a plain convolution's output, or that output with its channels shuffled, both
+    run exactly once, share no parameters, whose values nothing else in the network reads, and no hooks see what lies
+    between; every other norm stays. A folded norm becomes an `nn.Identity`, a timm norm-with-activation its activation;
+    its keys leave the state dict, and the convolution gains a bias.
 
     Args:
         model: in eval mode.
         recording: of one forward of this model, or of one that it is a copy of.
     """
-    for conv_path, norm_path in _pairs(model, recording):
-        _fold(model, conv_path, norm_path)
+    for conv_path, norm_path, order in _pairs(model, recording):
+        _fold(model, conv_path, norm_path, order)
 
 
-def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
-    """Paths of convolutions and of the batch norms that can be folded into them."""
+def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str, list[int]]]:
+    """Paths of convolutions and of the batch norms that can be folded into them, and the order in which channels come.
+
+    A channel shuffle may lie between.
+    """
     modules = dict(model.named_modules())
     parameters = Parameters(model, recording)
     pairs = []
@@ -49,7 +55,8 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
         conv = modules.get(path)
         if conv is None or _class(conv) not in _CONVS or len(calls) != 1 or len(calls[0].outputs) != 1:
             continue
-        value = calls[0].outputs[0]
+        ways, order = shuffled(recording, calls[0].outputs[0])
+        value = ways[-1]
         readers = recording.consumers.get(value, [])
         if len(readers) != 1 or value in recording.outputs:
             continue
@@ -64,9 +71,16 @@ def _pairs(model: nn.Module, recording: Recording) -> list[tuple[str, str]]:
         names = [f"{at}.{name}" for at, module in both for name, _ in module.named_parameters(recurse=False)]
         alone = all(parameters.read_once(name) for name in names)
         more = any(name.startswith(NEW) for _, module in both for name, _ in module.named_children())
-        if alone and not (hooked(conv) or hooked(norm) or more):  # more: a hybrid tail in the module's own forward
-            pairs.append((path, norm_path))
+        if alone and not more and not hooked(norm) and not _seen(modules, recording, ways):
+            pairs.append((path, norm_path, order))  # more: a hybrid tail in the module's own forward
     return pairs
+
+
+def _seen(modules: Mapping[str, nn.Module], recording: Recording, values: Iterable[ValueId]) -> bool:
+    """Whether a module that returns one of these values has hooks."""
+    between = set(values)
+    calls = (call for call in recording.calls if not between.isdisjoint(call.outputs))
+    return any(hooked(modules[call.path]) for call in calls)
 
 
 def _class(module: nn.Module) -> str:
@@ -77,14 +91,19 @@ def _foldable(norm: nn.Module) -> bool:
     return _class(norm) in _NORMS | _NORM_ACTS and getattr(norm, "running_mean", None) is not None
 
 
-def _fold(model: nn.Module, conv_path: str, norm_path: str) -> None:
-    """Give the convolution the folded weight and bias, and what is left of the norm its place."""
+def _fold(model: nn.Module, conv_path: str, norm_path: str, order: list[int]) -> None:
+    """Give the convolution the folded weight and bias, and what is left of the norm its place.
+
+    The norm's channel c is the convolution's channel order[c].
+    """
     conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
     assert norm.running_mean is not None and norm.running_var is not None
     old = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
     weight, bias, mean, var, scale, shift = (None if t is None else t.detach().double() for t in old)
+    places = torch.tensor(order, device=conv.weight.device).argsort()
+    mean, var, scale, shift = (None if t is None else t[places] for t in (mean, var, scale, shift))
     new_weight, new_bias = fuse_conv_bn_weights(weight, bias, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
     like = conv.weight
     layout = {"memory_format": torch.channels_last} if _is_channels_last(like) else {}

@@ -108,7 +108,8 @@ class LearnedGroupConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve with the masked weight."""
-        return self._conv_forward(input, self.masked_weight(), self.bias)
+        out: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
+        return out
 
     @torch.no_grad()
     def condense_stage(self) -> None:

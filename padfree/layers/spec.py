@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import abc
+import copy
 import functools
-from collections.abc import Callable, Collection
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from padfree.layers.learned_groups import LearnedGroupConv2d
 from padfree.layers.like import LastChannelNorm, act_like, norm_like
+from padfree.layers.separable import BSConvS, BSConvU, nearest_s, nearest_u
 from padfree.layers.shortcut import DepthwiseReduction, PoolProjection
 from padfree.layers.stem import StemTail
+from padfree.record.copies import HOOK_TABLES
 
 
 def _elu(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> nn.Module:
@@ -181,6 +187,91 @@ class StemTailSpec(Spec):
             inplace = self.norm is not None or not self.preact
             return act_like(model.get_submodule(self.act), inplace=inplace)
         return None if self.function is None else FUNCTIONS[self.function](*self.settings)
+
+
+@dataclass(frozen=True)
+class SeparableSpec(Spec):
+    """A BSConv pair for the dense convolution at `reference`; its depthwise part is a copy of that convolution.
+
+    So it keeps the class (and with it SAME padding), stride, padding, dilation and padding mode. Both parts have its
+    dtype, device and `requires_grad`.
+
+    Attributes:
+        mid_channels: M' of BSConv-S; None: BSConv-U.
+        with_bn: norms behind the 1x1 convolutions, `nn.BatchNorm2d` at its defaults.
+        init: "fresh": torch's initial values; "svd": the pair nearest to the convolution's weight, and its bias.
+    """
+
+    child = "separable"
+    mid_channels: int | None = None
+    with_bn: bool = False
+    init: str = "fresh"
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        dense = model.get_submodule(self.reference)
+        assert isinstance(dense, nn.Conv2d)
+        mid, out = self.mid_channels, dense.out_channels
+        steps = [("", dense.in_channels, out)] if mid is None else [("1", dense.in_channels, mid), ("2", mid, out)]
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        for name, before, after in steps:
+            parts[f"pw{name}"] = nn.Conv2d(before, after, 1, bias=False)
+            if self.with_bn:
+                parts[f"bn{name}"] = nn.BatchNorm2d(after, dtype=dense.weight.dtype)
+        parts["dw"] = self._depthwise(dense)
+        for name in parts:
+            if name != "dw":
+                parts[name].requires_grad_(dense.weight.requires_grad)
+        if self.init == "svd" and not dense.weight.is_meta:
+            factors = nearest_u(dense.weight) if mid is None else nearest_s(dense.weight, mid)
+            convs = [part for part in parts.values() if isinstance(part, nn.Conv2d)]
+            for conv, values in zip(convs, factors, strict=True):
+                conv.weight.data = values.reshape(conv.weight.shape)  # in float64, until it gets the dtype of all
+            if self.with_bn:
+                _let_through(parts)
+        return (BSConvU if mid is None else BSConvS)(parts)
+
+    def _depthwise(self, dense: nn.Conv2d) -> nn.Conv2d:
+        """A copy of the convolution with one group a channel."""
+        weight, bias = dense.weight, dense.bias
+        narrow = nn.Parameter(
+            weight.detach().new_empty(dense.out_channels, 1, *dense.kernel_size), weight.requires_grad
+        )
+        known: dict[int, Any] = {id(dense.__dict__[table]): OrderedDict() for table in HOOK_TABLES}
+        conv: nn.Conv2d = copy.deepcopy(dense, {**known, id(weight): narrow})
+        conv.in_channels = conv.groups = dense.out_channels
+        if self.init == "fresh" or weight.is_meta:
+            conv.reset_parameters()
+        if bias is not None:
+            assert conv.bias is not None
+            conv.bias.requires_grad_(bias.requires_grad)
+        return conv
+
+
+def _let_through(parts: Mapping[str, nn.Module]) -> None:
+    """Give new norms scales that leave a map as it is in eval mode."""
+    for norm in parts.values():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.constant_(norm.weight, math.sqrt(1 + norm.eps))
+
+
+@dataclass(frozen=True)
+class LearnedGroupsSpec(Spec):
+    """A learned group convolution with the parameters of the dense convolution at `reference`: the same outputs."""
+
+    child = "learned"
+    groups: int
+    condense_factor: int
+
+    def _layer(self, model: nn.Module) -> nn.Module:
+        dense = model.get_submodule(self.reference)
+        assert isinstance(dense, nn.Conv2d)
+        layer = LearnedGroupConv2d(
+            dense.in_channels, dense.out_channels, dense.kernel_size, self.groups, self.condense_factor,  # type: ignore[arg-type]
+            dense.bias is not None, stride=dense.stride, padding=dense.padding, dilation=dense.dilation,  # type: ignore[arg-type]
+            padding_mode=dense.padding_mode, device=dense.weight.device, dtype=dense.weight.dtype,
+        )  # fmt: skip
+        layer.weight, layer.bias = dense.weight, dense.bias
+        return layer
 
 
 def _memory_format(model: nn.Module) -> torch.memory_format:

@@ -44,7 +44,10 @@ def find(
     found: list[Match] = []
     skips: list[Skip] = []
     for rule in dict.fromkeys((*selected, *default_rules())):
-        items = list(rule.match(sites, options))
+        if rule.planned is not None and isinstance(places, Exactly):
+            items = list(rule.planned(sites, options, [match for match in places.matches if match.rule == rule.name]))
+        else:
+            items = list(rule.match(sites, options))
         matches = [item for item in items if isinstance(item, Match)]
         if rule.earlier is not None and isinstance(places, Exactly):
             matches = places.as_planned(matches, rule.earlier(sites, options))

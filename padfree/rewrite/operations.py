@@ -59,6 +59,14 @@ class ReplaceEnd:
 
 
 @dataclass(frozen=True)
+class Substitute:
+    """A new layer in the place of a module, under all its names; it takes over that module's hooks."""
+
+    path: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
 class Resize:
     """Another shape for a parameter."""
 
@@ -100,7 +108,9 @@ class Describe:
     values: tuple[tuple[str, Any], ...]
 
 
-Operation = SetAttributes | AddChild | MoveChild | ReplaceEnd | Resize | Reforward | Seal | Refuse | Describe
+Operation = (
+    SetAttributes | AddChild | MoveChild | ReplaceEnd | Substitute | Resize | Reforward | Seal | Refuse | Describe
+)
 
 
 def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
@@ -180,6 +190,20 @@ def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
             tail.__dict__[table], state[table] = state[table], type(state[table])()
 
 
+def _substitute(model: nn.Module, operation: Substitute, undo: Undo) -> None:
+    old = model.get_submodule(operation.path)
+    new = operation.spec.build(model)
+    undo.append(_restore(old.__dict__, ""))
+    for table in HOOK_TABLES:
+        new.__dict__[table], old.__dict__[table] = old.__dict__[table], type(old.__dict__[table])()
+    for parent in model.modules():
+        names = [name for name, child in parent._modules.items() if child is old]
+        if names:
+            undo.append(_restore(parent._modules, ""))
+        for name in names:
+            parent._modules[name] = new
+
+
 def _resize(model: nn.Module, operation: Resize, undo: Undo) -> None:
     path, _, name = operation.path.rpartition(".")
     module = model.get_submodule(path)
@@ -249,6 +273,7 @@ _DO: dict[type[Any], Callable[[nn.Module, Any, Undo], None]] = {
     AddChild: _add_child,
     MoveChild: _move_child,
     ReplaceEnd: _replace_end,
+    Substitute: _substitute,
     Resize: _resize,
     Reforward: _reforward,
     Seal: _seal,

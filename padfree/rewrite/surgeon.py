@@ -28,6 +28,7 @@ from padfree.rewrite.operations import (
     Resize,
     Seal,
     SetAttributes,
+    Substitute,
 )
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
@@ -191,6 +192,9 @@ class Surgeon:
 
     def replace_end(self, path: str, spec: StemTailSpec) -> None:  # noqa: D102
         self._operations.append(ReplaceEnd(path, spec))
+
+    def substitute(self, path: str, spec: Spec) -> None:  # noqa: D102
+        self._operations.append(Substitute(path, spec))
 
     def resize(self, path: str, shape: tuple[int, ...]) -> None:  # noqa: D102
         self._operations.append(Resize(path, tuple(shape)))

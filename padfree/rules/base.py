@@ -84,6 +84,9 @@ class Editor(Protocol):
     def replace_end(self, path: str, spec: StemTailSpec) -> None:
         """Put a new layer in the place of a parameter-free module, which becomes its part."""
 
+    def substitute(self, path: str, spec: Spec) -> None:
+        """Put a new layer in the place of a module, under all its names; it takes over that module's hooks."""
+
     def resize(self, path: str, shape: tuple[int, ...]) -> None:
         """Give a parameter another shape by linear interpolation along the sides that differ."""
 
@@ -125,6 +128,7 @@ class Rule:
         alternatives: the same matches carried out in other modules, in order of preference, for those whose block
             cannot be given another forward.
         earlier: finds places as versions before this one did, whose plans are carried out as they say.
+        planned: finds the places of a plan again, for rules whose settings only the details of its matches say.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Rule:
     details: tuple[type[Detail], ...] = ()
     alternatives: Callable[[Sites, Options], Iterable[Match]] | None = None
     earlier: Matcher | None = None
+    planned: Callable[[Sites, Options, Iterable[Match]], Iterable[Match | Skip]] | None = None
 
 
 _RULES: dict[str, Rule] = {}

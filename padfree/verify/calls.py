@@ -26,7 +26,7 @@ from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, PRODUCTS, VIEWS, plain_
 from padfree.errors import Refusal
 from padfree.record.recording import Recording
 from padfree.rewrite.forward import original_class
-from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd
+from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Substitute
 from padfree.verify.resizing import CUTS, PADS, RESAMPLING
 
 COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
@@ -45,16 +45,18 @@ class Changed:
 
     Attributes:
         rewritten: whose forward was generated. added: new children. replaced: with all below them, no longer there.
+        substituted: those of the replaced ones whose work the module at their place does.
     """
 
     rewritten: frozenset[str]
     added: frozenset[str]
     replaced: frozenset[str]
+    substituted: frozenset[str] = frozenset()
 
     @classmethod
     def by(cls, operations: Iterable[Operation]) -> Changed:
         """What these operations change."""
-        rewritten, added, replaced = set(), set(), set()
+        rewritten, added, replaced, substituted = set(), set(), set(), set()
         for op in operations:
             if isinstance(op, Reforward) and op.source:
                 rewritten.add(op.path)
@@ -62,13 +64,19 @@ class Changed:
                 added.add(f"{op.path}.{op.name}" if op.path else op.name)
             if isinstance(op, MoveChild):
                 replaced.add(op.origin)
-            elif isinstance(op, ReplaceEnd):
+            elif isinstance(op, (ReplaceEnd, Substitute)):
                 replaced.add(op.path)
-        return cls(frozenset(rewritten), frozenset(added), frozenset(replaced))
+            if isinstance(op, Substitute):
+                substituted.add(op.path)
+        return cls(frozenset(rewritten), frozenset(added), frozenset(replaced), frozenset(substituted))
 
     def is_new(self, path: str) -> bool:
         """Whether a module is one that was added, or lies in one."""
         return _within(path, self.added)
+
+    def place(self, path: str) -> str:
+        """The path of the module that did before what the module at `path` does now."""
+        return next((root for root in self.substituted if path.startswith(f"{root}.")), path)
 
     def is_gone(self, path: str) -> bool:
         """Whether a module gave its place to another."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 from padfree.analysis.kinds import AFFINE
 from padfree.errors import Refusal
@@ -51,22 +52,28 @@ def _broadcasts(recording: Recording) -> list[tuple[tuple[str, str], list[tuple[
     return found
 
 
-def check_resizing(before: Recording, after: Recording, rewritten: frozenset[str] = frozenset()) -> None:
+def check_resizing(
+    before: Recording,
+    after: Recording,
+    rewritten: frozenset[str] = frozenset(),
+    place: Callable[[str], str] = str,
+) -> None:
     """Pads, interpolations, stretching pools, rolls and crops that the original did not make.
 
     Args:
         before: the model as it was.
         after: the converted copy.
         rewritten: paths whose forward was generated; a conversion may take the border off a map in those.
+        place: from the path of a module of the copy to that of the module that did its work before.
     """
-    had, has = _resizing(before), _resizing(after)
+    had, has = _resizing(before), _resizing(after, place)
     for (kind, path), ops in has.items():
         if len(ops) > len(had.get((kind, path), ())):
             shape = [after.values[value].shape for value in (ops[0].inputs[0], ops[0].outputs[0])]
             was = shape_at(before, path)
             where = f"`{path}`" if path else "the model's own forward"
             raise Refusal(f"{where} would newly run {kind} ({shape[0]} to {shape[1]}; before: {was}){_ACCEPTS}")
-    cut, cuts = _cuts(before, frozenset()), _cuts(after, rewritten)
+    cut, cuts = _cuts(before, frozenset()), _cuts(after, rewritten, place)
     for path, now in cuts.items():
         were = cut.get(path, [])
         for index, (source, out) in enumerate(now):
@@ -76,11 +83,11 @@ def check_resizing(before: Recording, after: Recording, rewritten: frozenset[str
             raise Refusal(f"{where} would newly crop a map ({source} to {out}){_ACCEPTS}")
 
 
-def _resizing(recording: Recording) -> dict[tuple[str, str], list[Op]]:
+def _resizing(recording: Recording, place: Callable[[str], str] = str) -> dict[tuple[str, str], list[Op]]:
     found: dict[tuple[str, str], list[Op]] = {}
     for op in recording.ops:
         if _resizes(recording, op):
-            found.setdefault((op.kind, path_of(recording, op)), []).append(op)
+            found.setdefault((op.kind, place(path_of(recording, op))), []).append(op)
     return found
 
 
@@ -99,7 +106,7 @@ def _resizes(recording: Recording, op: Op) -> bool:
 Cut = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _cuts(recording: Recording, rewritten: frozenset[str]) -> dict[str, list[Cut]]:
+def _cuts(recording: Recording, rewritten: frozenset[str], place: Callable[[str], str] = str) -> dict[str, list[Cut]]:
     """By module path, the shapes before and after of each operation that takes pixels off a map's sides."""
     found: dict[str, list[Cut]] = {}
     for op in recording.ops:
@@ -111,7 +118,7 @@ def _cuts(recording: Recording, rewritten: frozenset[str]) -> dict[str, list[Cut
         source, out = (recording.values[value].shape for value in (op.inputs[0], op.outputs[0]))
         shorter = any(new < old for new, old in zip(out[2:], source[2:], strict=False))
         if len(source) == len(out) and len(source) in (4, 5) and shorter:
-            found.setdefault(path, []).append((source, out))
+            found.setdefault(place(path), []).append((source, out))
     return found
 
 

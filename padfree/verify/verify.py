@@ -20,7 +20,7 @@ from padfree.record.copies import full_copy, in_mode
 from padfree.record.recording import ForwardFailedError, Recording, path_of, record, shape_at
 from padfree.record.trees import repeat_batch
 from padfree.rewrite.effects import asks_for_mode
-from padfree.rewrite.operations import Operation, Resize, SetAttributes
+from padfree.rewrite.operations import Operation, Resize, SetAttributes, Substitute
 from padfree.verify.calls import COUNTING, Changed, check_calls
 from padfree.verify.places import check_places
 from padfree.verify.resizing import check_broadcasting, check_resizing, check_sides
@@ -63,7 +63,7 @@ def verify(
     """
     operations = tuple(operations)
     before, changed = original.recording, Changed.by(operations)
-    _check_state(before.model, converted, {op.path for op in operations if isinstance(op, Resize)})
+    _check_state(before.model, converted, operations)
     try:
         after = record(converted, like=before)
     except ForwardFailedError as error:
@@ -81,7 +81,7 @@ def _compare(before: Recording, after: Recording, changed: Changed, allow_resize
     check_broadcasting(before, after)
     check_calls(before, after, changed)
     if not allow_resize:
-        check_resizing(before, after, changed.rewritten)
+        check_resizing(before, after, changed.rewritten, changed.place)
         check_sides(before, after)
 
 
@@ -134,9 +134,18 @@ def _counts(recording: Recording) -> bool:
     return not recording.meta and any(op.kind in COUNTING and op.inputs for op in recording.ops)
 
 
-def _check_state(original: nn.Module, converted: nn.Module, resized: set[str]) -> None:
+def _check_state(original: nn.Module, converted: nn.Module, operations: tuple[Operation, ...]) -> None:
+    """The keys of the state dict, their order and shapes, but those of modules that gave their place to others."""
+    resized = {op.path for op in operations if isinstance(op, Resize)}
+    gone = {id(original.get_submodule(op.path)) for op in operations if isinstance(op, Substitute)}
+    names = [(name, module) for name, module in original.named_modules(remove_duplicate=False)] if gone else []
+    under = tuple(f"{name}." for name, module in names if id(module) in gone)
     before, after = (
-        {key: tuple(getattr(entry, "shape", ())) for key, entry in model.state_dict().items()}  # extra state has none
+        {  # extra state has no shape
+            key: tuple(getattr(entry, "shape", ()))
+            for key, entry in model.state_dict().items()
+            if not key.startswith(under)
+        }
         for model in (original, converted)
     )
     if [key for key in after if key in before] != list(before):

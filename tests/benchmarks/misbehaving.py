@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 
-def work(pipe: Connection) -> None:
+def work(pipe: Connection, features: bool) -> None:
     """Answer each name with a row; "dies" ends the process, and "sleeps@PATH" makes that file and waits for ever."""
     pipe.send(None)
     while True:

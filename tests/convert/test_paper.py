@@ -57,7 +57,14 @@ def test_golden_logits_notice_a_wrong_reading(name: str) -> None:
     assert golden.relative_error(golden.fill(converted)(golden.batch(side)), reference) > 4e-3
 
 
-@pytest.mark.parametrize("row", ROWS, ids=_id)
+def _large(row: dict[str, Any]) -> bool:
+    """At 224 pixels, or a hundred layers: the recipes' own table tests the same figures of these by default."""
+    return row["input_side"] > 64 or "110" in row["model"]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, id=_id(row), marks=[pytest.mark.slow] if _large(row) else []) for row in ROWS]
+)
 def test_row(row: dict[str, Any]) -> None:
     build, options = NETWORKS[row["table"], row["model"]]
     side, measured = row["input_side"], row["measured"]

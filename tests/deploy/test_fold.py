@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import padfree
 from padfree import fuse
+from padfree.layers.learned_groups import LearnedGroupConv2d, condensed
 from tests.deploy.lived import lived_in
 
 
@@ -170,3 +171,54 @@ def test_outputs_that_are_not_finite_are_an_error():
     model[1].weight.data.fill_(6e4)  # a gain of 6e6; half precision ends at 65504, so the folded weight is infinite
     with pytest.raises(padfree.PadfreeError, match="the fused Sequential differs by nan"):
         fuse(model, input_size=(2, 3, 3))
+
+
+class GroupsThenShuffle(nn.Module):
+    """A group convolution whose channels are put into another order before the norm, by views of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3 * 4, 12, 1, groups=4), nn.BatchNorm2d(12)
+
+    def forward(self, x):
+        y = self.conv(x.repeat_interleave(4, 1))
+        y = y.view(y.shape[0], 3, 4, *y.shape[2:]).permute(0, 2, 1, 3, 4).flatten(1, 2)
+        return torch.relu(self.norm(y))
+
+
+SHUFFLES = {
+    "by views": GroupsThenShuffle,
+    "by a module": lambda: nn.Sequential(nn.Conv2d(3, 12, 1), nn.ChannelShuffle(3), nn.BatchNorm2d(12)),
+    "twice": lambda: nn.Sequential(
+        nn.Conv2d(3, 12, 1), nn.ChannelShuffle(3), nn.ChannelShuffle(2), nn.BatchNorm2d(12), nn.ReLU()
+    ),
+    "condensed": lambda: nn.Sequential(
+        condensed(nn.Sequential(nn.Conv2d(3, 8, 1), LearnedGroupConv2d(8, 12, 3, 4, 2, bias=True))), nn.BatchNorm2d(12)
+    ),
+}
+
+
+@pytest.mark.parametrize("build", SHUFFLES.values(), ids=SHUFFLES)
+def test_a_norm_is_folded_through_a_shuffle_of_channels(build):
+    torch.manual_seed(0)
+    model = lived_in(build(), 8)
+    fused = fuse(model, input_size=(3, 8, 8))
+    assert norms(model) and not norms(fused)
+    assert_same_outputs(model, fused, 8)
+
+
+def test_a_norm_behind_something_that_is_no_shuffle_stays():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.conv(x).transpose(1, 2))  # rows take the place of channels
+
+    seen = nn.Sequential(nn.Conv2d(3, 12, 1), nn.ChannelShuffle(3), nn.BatchNorm2d(12))
+    seen[1].register_forward_hook(Seen([]))
+    for model in (Turned(), seen):
+        fused = fuse(lived_in(model, 8), input_size=(3, 8, 8))
+        assert norms(fused)
+        assert_same_outputs(model, fused, 8)

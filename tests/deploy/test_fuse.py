@@ -71,7 +71,12 @@ def built():
     return get
 
 
-@pytest.mark.parametrize("name", MODELS)
+SWEPT = ("mixnet_s", "efficientnet_lite0", "mobilenet_v2")  # chains like those of the others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SWEPT else []) for name in MODELS]
+)
 def test_each_strided_chain_becomes_one_call(built, name):
     converted = built(name)
     fused = padfree.fuse(converted)

@@ -237,7 +237,11 @@ def test_a_source_that_gives_another_network(converted: nn.Module, tmp_path: Pat
     with pytest.raises(FileError, match="does not run on a 1x64x64 input"):
         save(converted, tmp_path / "a.safetensors", "timm:lcnet_035")
     with pytest.raises(FileError, match="timm:resnet18 does not take this network's plan"):
-        save(padfree.convert(timm.create_model(SMALL)), tmp_path / "a.safetensors", "timm:resnet18")
+        save(
+            padfree.convert(timm.create_model(SMALL), input_size=(3, 64, 64)),
+            tmp_path / "a.safetensors",
+            "timm:resnet18",
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +265,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> Non
 
 
 def test_meta_weights_cannot_be_saved(tmp_path: Path) -> None:
-    model = padfree.convert(timm.create_model(SMALL)).to("meta")
+    model = padfree.convert(timm.create_model(SMALL), input_size=(3, 64, 64)).to("meta")
     with pytest.raises(FileError, match="on the meta device"):
         save(model, tmp_path / "a.safetensors")
 
@@ -442,7 +446,7 @@ def test_a_network_converted_in_two_steps_comes_back(tmp_path: Path) -> None:
 
 
 def test_half_precision_and_shared_tensors_come_back(tmp_path: Path) -> None:
-    model = padfree.convert(timm.create_model(SMALL)).bfloat16()
+    model = padfree.convert(timm.create_model(SMALL), input_size=(3, 64, 64)).bfloat16()
     save(model, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
