@@ -74,7 +74,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first = coverage.run(["a", "b"], cache, timeout=600)
     with cache.open("a") as file:
         file.write('{"name": "half')
-    monkeypatch.setattr(coverage, "sweep", lambda names, timeout, features: pytest.fail(f"{names} again") if names else [])
+    monkeypatch.setattr(
+        coverage, "sweep", lambda names, timeout, features: pytest.fail(f"{names} again") if names else []
+    )
     assert coverage.run(["b", "a"], cache, timeout=600) == first[::-1]
 
 
