@@ -76,12 +76,12 @@ def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
     if convention not in get_args(Convention):
         raise PadfreeError(f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}")
     device = "cpu" if convention == "fvcore" else "meta"
-    ghost, mask_products = _deployed(model)
-    params, bare = _params(ghost)
-    ghost = ghost.to(device).eval()
     image = torch.zeros(1, 3, input_side, input_side, device=device)
     conv_linear = pool_inputs = None
     try:
+        ghost, mask_products = _deployed(model)
+        params, bare = _params(ghost)
+        ghost = ghost.to(device).eval()
         if convention == "bsconv":
             flops, pool_inputs = _bsconv(ghost, image)
         elif convention == "fvcore":

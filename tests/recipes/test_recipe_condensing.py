@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from padfree.recipes import RecipeError, load
 from padfree.recipes.checkpoints import Progress, checkpoints, read_progress
 from padfree.recipes.condensing import begin_epoch
 from padfree.recipes.evaluate import evaluate_run
-from padfree.recipes.train import Run, train
+from padfree.recipes.train import Run, Step, train
 from safetensors.torch import load_file
 from torch import nn
 
@@ -93,13 +94,17 @@ def test_stages_come_before_their_epochs_in_the_average_too() -> None:
     assert stages == [(0, 0), (1, 1), (1, 1), (3, 1)]
 
 
-def test_the_lasso_is_added_to_the_loss(tmp_path: Path) -> None:
-    changes = [*FAST, "training.epochs=1", "training.condense_before=[]"]
-    losses = {
-        weight: go(LGC, tmp_path / str(weight), *changes, f"training.lasso_weight={weight}").epochs[0].train_loss
-        for weight in (0.01, 0.0)
-    }
-    assert losses[0.01] > losses[0.0] + 1
+def test_the_lasso_is_added_to_the_loss() -> None:
+    plain, weighted = (load(LGC, [f"training.lasso_weight={weight}"]) for weight in (0, 0.01))
+    model, accelerator = plain.build("padfree").eval(), SimpleNamespace(unwrap_model=lambda model: model)
+    images, targets = torch.rand(2, 3, 16, 16), torch.tensor([3, 4])
+    losses = [
+        Step(recipe, accelerator, model, None, None, None, Path(), 1).losses(images, targets)[0]  # type: ignore[arg-type]
+        for recipe in (plain, weighted)
+    ]
+    wanted = 0.01 * sum(layer.lasso() for layer in learned_group_convs(model))
+    torch.testing.assert_close(losses[1] - losses[0], wanted, rtol=1e-4, atol=1e-5)
+    assert wanted > 1
 
 
 @pytest.mark.parametrize(
