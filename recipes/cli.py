@@ -128,10 +128,25 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("table", help="measured figures beside the published ones")
     rows = command.add_mutually_exclusive_group()
-    rows.add_argument("--table", metavar="T", help="only this one; `bsconv` for BSConv's own tables")
+    rows.add_argument("--table", metavar="T", help="only this one; `bsconv` is that of BSConv's own tables")
     rows.add_argument("--recipe", metavar="NAME", help="only the rows of this recipe")
+    command.add_argument("--wide", action="store_true", help="all figures, in more than 80 columns")
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_table)
+
+    command = commands.add_parser("benchmark", help="seconds of a forward pass, original and padding-free")
+    command.add_argument(
+        "names",
+        metavar="NETWORK",
+        nargs="*",
+        help="a recipe, or LIBRARY:NAME such as timm:resnet50 (default: the networks of MobileNet_123's table)",
+    )
+    command.add_argument("--batches", type=int, nargs="+", metavar="N", help="batch sizes (default: 16 1)")
+    command.add_argument("--side", type=int, metavar="N", help="pixels of the images (default: the network's, or 224)")
+    command.add_argument("--repeats", type=int, default=5, metavar="N", help="passes timed (default: %(default)s)")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
+    command.set_defaults(run=_benchmark)
 
     _add_training(commands)
     return parser
@@ -153,6 +168,9 @@ def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("folder", metavar="RUN", type=Path, help="a run folder")
     command.add_argument("--checkpoint", choices=("best", "last"), default="best")
     command.add_argument("--data-root", metavar="DIR", help="where the data lie now")
+    command.add_argument(
+        "--condensed", action="store_true", help="learned group convolutions as the standard ones that they become"
+    )
     command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
     command.add_argument("--json", metavar="FILE", help="write JSON (- for standard output)")
     command.set_defaults(run=_evaluate)
@@ -202,36 +220,46 @@ def _copy(arguments: argparse.Namespace) -> int:
 
 def _table(arguments: argparse.Namespace) -> int:
     from .files import load
-    from .report import check_json, show_bsconv, show_lines, wide_console, write_json
-    from .tables import Line, lines, recipe_lines
+    from .report import check_json, narrow_console, show_narrow, show_wide, wide_console, write_json
+    from .tables import lines, recipe_lines
 
     check_json(arguments.json)
-    errors = Console(stderr=True)
-    found: list[Line] = []
-    with errors.status("") as status:
+    with Console(stderr=True).status("") as status:
 
         def progress(text: str) -> None:
             status.update(f"counting {escape(text)}")
 
-        if arguments.table == "bsconv":
-            from .bsconv_table import bsconv_lines
-
-            rows = list(bsconv_lines(progress=progress))
-        elif arguments.recipe is not None:
+        if arguments.recipe is not None:
             found = list(recipe_lines(load(arguments.recipe), progress))
         else:
             found = list(lines(arguments.table, progress))
-    if arguments.table == "bsconv":
-        if arguments.json is not None:
-            write_json([row.to_dict() for row in rows], arguments.json)
-        else:
-            show_bsconv(rows, wide_console())
-        return int(any(row.off or row.skipped for row in rows))
     if arguments.json is not None:
         write_json([line.to_dict() for line in found], arguments.json)
+    elif arguments.wide:
+        show_wide(found, wide_console())
     else:
-        show_lines(found, wide_console())
+        show_narrow(found, narrow_console())
     return int(any(line.off for line in found))
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    from .benchmark import BATCHES, lines, timings
+    from .report import check_json, write_json
+
+    check_json(arguments.json)
+    with Console(stderr=True).status("") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"timing {escape(text)}")
+
+        batches = arguments.batches or BATCHES
+        options = {"side": arguments.side, "repeats": arguments.repeats, "cpu": arguments.cpu, "progress": progress}
+        found = list(timings(arguments.names, batches, **options))
+    if arguments.json is not None:
+        write_json([timing.to_dict() for timing in found], arguments.json)
+    else:
+        print("\n".join(lines(found)))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -259,7 +287,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .report import check_json, write_json
 
     check_json(arguments.json)
-    result = evaluate_run(arguments.folder, arguments.checkpoint, data_root=arguments.data_root, cpu=arguments.cpu)
+    result = evaluate_run(
+        arguments.folder,
+        arguments.checkpoint,
+        data_root=arguments.data_root,
+        cpu=arguments.cpu,
+        as_condensed=arguments.condensed,
+    )
     if arguments.json is not None:
         write_json(result, arguments.json)
     else:

@@ -1,4 +1,4 @@
-"""Parameters and operations of a network under the paper's three conventions.
+"""Parameters and operations of a network under the conventions of the documents.
 
 `bsconv`: the bsconv package's `ModelProfiler`: one per multiply-add, bias adds, 2 per batch-norm
 element, 1 per ReLU element and per pool input. It sees modules only, so the inputs of max-pools that
@@ -10,7 +10,10 @@ adaptive-pool handlers. Max-pools, additions and averages written as a mean coun
 `modules`: conv and linear multiply-adds, conv bias adds, 2 per batch-norm element, adaptive-pool
 inputs. Matrix products of attention count nothing (the EfficientFormerV2 rows, inferred).
 
-All of them count one image. Source: paper.md, "Counting conventions".
+`macs`, `thop`, `tf-profile`: see counters.py.
+
+All of them count one image, and a learned group convolution as what is left of it after its last condensing
+stage: the standard group convolution that it becomes.
 """
 
 from __future__ import annotations
@@ -28,15 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from padfree.errors import PadfreeError
+from padfree.layers.learned_groups import condense_stage, condensed, learned_group_convs
 
-Convention = Literal["bsconv", "fvcore", "modules"]
+from .counters import POOL_FUNCTIONS, macs, tf_profile, thop
+
+Convention = Literal["bsconv", "fvcore", "modules", "macs", "thop", "tf-profile"]
 
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
-_POOL_FUNCTIONS = (
-    torch.nn.functional.max_pool2d,
-    torch.max_pool2d,
-    torch.nn.functional.max_pool2d_with_indices,
-)
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
@@ -51,7 +52,7 @@ class Count:
         bare_params: those of them that belong to no conv, linear or norm layer (position embeddings
             and attention bias tables); published figures of ParC and EfficientFormerV2 leave them out.
         flops: operations under the convention.
-        conv_linear: multiply-adds of conv and linear layers alone (`fvcore` only, else None).
+        conv_linear: multiply-adds of conv and linear layers alone (None under `bsconv` and `modules`).
         downsampling_pool_inputs: inputs of strided max-pools, part of `flops` (`bsconv` only).
     """
 
@@ -75,21 +76,40 @@ def count(model: nn.Module, input_side: int, convention: Convention) -> Count:
     if convention not in get_args(Convention):
         raise PadfreeError(f"no counting convention {convention!r}; there are {', '.join(get_args(Convention))}")
     device = "cpu" if convention == "fvcore" else "meta"
-    ghost = copy.deepcopy(model).to(device).eval()
     image = torch.zeros(1, 3, input_side, input_side, device=device)
-    params, bare = _params(model)
     conv_linear = pool_inputs = None
     try:
+        ghost, mask_products = _deployed(model)
+        params, bare = _params(ghost)
+        ghost = ghost.to(device).eval()
         if convention == "bsconv":
             flops, pool_inputs = _bsconv(ghost, image)
         elif convention == "fvcore":
             flops, conv_linear = _fvcore(ghost, image)
-        else:
+        elif convention == "modules":
             flops = _modules(ghost, image)
+        else:
+            conv_linear = macs(ghost, image)
+            flops = conv_linear
+            if convention == "thop":
+                flops = thop(ghost, image)
+            elif convention == "tf-profile":
+                flops = tf_profile(ghost, image, params, mask_products)
     except Exception as error:  # the network's own code, or a counter that knows no such layer
         why = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         raise PadfreeError(f"{type(model).__name__} cannot be counted by {convention} on 3 channels: {why}") from error
     return Count(convention, params, bare, flops, conv_linear, pool_inputs)
+
+
+def _deployed(model: nn.Module) -> tuple[nn.Module, int]:
+    """A copy whose learned group convolutions are condensed to the end, and the elements of their dense weights."""
+    learned = learned_group_convs(model)
+    if not learned:
+        return copy.deepcopy(model), 0
+    ghost = copy.deepcopy(model).cpu()
+    while condense_stage(ghost):
+        pass
+    return condensed(ghost), sum(layer.weight.numel() for layer in learned)
 
 
 def _params(model: nn.Module) -> tuple[int, int]:
@@ -159,7 +179,7 @@ class _PoolInputs(TorchFunctionMode):
         self.in_pools = 0  # depth of pool functions being run: one may call another of its names
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _POOL_FUNCTIONS:
+        if func not in POOL_FUNCTIONS:
             return func(*args, **(kwargs or {}))
         if not self.in_pools:
             given = dict(zip(("input", "kernel_size", "stride"), args, strict=False)) | (kwargs or {})

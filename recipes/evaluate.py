@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from padfree.layers.learned_groups import condensed, learned_group_convs
+
 from .checkpoints import WEIGHTS, RunError, check_checkpoint, checkpoints, last_whole
 from .console import note
 from .loaders import eval_loader
@@ -65,7 +67,12 @@ def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.devic
 
 
 def evaluate_run(
-    folder: Path, checkpoint: str = "best", *, data_root: str | None = None, cpu: bool = False
+    folder: Path,
+    checkpoint: str = "best",
+    *,
+    data_root: str | None = None,
+    cpu: bool = False,
+    as_condensed: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run's best or last weights on its test images.
 
@@ -74,12 +81,13 @@ def evaluate_run(
         checkpoint: "best" or "last".
         data_root: where the data lie now, if not where the recipe says.
         cpu: leave accelerators alone.
+        as_condensed: run learned group convolutions as the standard group convolutions that they become.
 
     Returns:
         recipe, variant, epoch, top1 (percent), loss, images.
 
     Raises:
-        RunError: the folder holds no such checkpoint, or its weights do not fit.
+        RunError: the folder holds no such checkpoint, its weights do not fit, or there is nothing to condense.
     """
     from accelerate import Accelerator
 
@@ -106,6 +114,10 @@ def evaluate_run(
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = ", ".join(path.name for path in checkpoints(folder))
         raise RunError(f"{weights} does not fit the network ({error}); there are {kept}") from error
+    if as_condensed:
+        if not learned_group_convs(model):
+            raise RunError(f"{folder} is a run of a network without learned group convolutions; leave --condensed out")
+        model = condensed(model)
     model.to(accelerator.device)
     batches = eval_loader(accelerator, recipe)
     with torch.autocast(accelerator.device.type, dtype=precision, enabled=precision is not None):

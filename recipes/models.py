@@ -1,4 +1,7 @@
-"""Source models of the recipes, as paper.md's "How the paper's bases map onto library models" has them."""
+"""Source models of the recipes, as paper.md's "How the paper's bases map onto library models" has them.
+
+Networks that no library has are in networks/.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch import nn
 from padfree.errors import PadfreeError
 from padfree.files.sources import Source
 
+from . import networks
 from .losses import orthonormal_loss
 from .parc import ParCMobileNetV2
 from .schema import ModelSpec
@@ -117,6 +121,10 @@ def _timm_ghostnet(spec: ModelSpec) -> nn.Module:
     return model
 
 
+def _networks(spec: ModelSpec) -> nn.Module:
+    return networks.create(str(spec.name), spec.num_classes, **spec.arguments)
+
+
 def _parc_mobilenetv2(spec: ModelSpec) -> nn.Module:
     return ParCMobileNetV2(spec.num_classes, spec.input_side, **spec.arguments)
 
@@ -127,6 +135,7 @@ _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "torchvision": _named,
     "timm": _named,
     "timm-ghostnet": _timm_ghostnet,
+    "networks": _networks,
     "parc-mobilenetv2": _parc_mobilenetv2,
 }
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .console import note
 from .recipe import Recipe
@@ -32,9 +32,30 @@ def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.opt
     spec = recipe.schedule
     if isinstance(spec, StepSpec):
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(spec.milestones), spec.gamma)
-    return torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, recipe.training.epochs, eta_min=spec.final_fraction * recipe.optimizer.lr
-    )
+    lowest = spec.final_fraction * recipe.optimizer.lr
+    if spec.offset:
+        return OffsetCosine(optimizer, recipe.training.epochs, lowest, spec.offset)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.training.epochs, lowest)
+
+
+class OffsetCosine(torch.optim.lr_scheduler.CosineAnnealingLR):
+    """A cosine whose rate of an epoch is that of a later moment of it.
+
+    Args:
+        optimizer: whose rates are set.
+        T_max: epochs.
+        eta_min: the rate after the last of them.
+        offset: the moment, from 0 (the epoch's beginning) to 1 (its end).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, T_max: int, eta_min: float, offset: float) -> None:
+        self.offset = offset
+        super().__init__(optimizer, T_max, eta_min)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rates of the epoch that begins."""
+        share = (1 + math.cos(math.pi * (self.last_epoch + self.offset) / self.T_max)) / 2
+        return [self.eta_min + (first - self.eta_min) * share for first in self.base_lrs]
 
 
 def recompute(recipe: Recipe, optimizer: Any, schedule: Any, shown: bool) -> None:
@@ -44,7 +65,8 @@ def recompute(recipe: Recipe, optimizer: Any, schedule: Any, shown: bool) -> Non
         return
     before = optimizer.param_groups[0]["lr"]
     schedule.T_max = epochs
-    share = (1 + math.cos(math.pi * schedule.last_epoch / epochs)) / 2
+    moment = schedule.last_epoch + getattr(schedule, "offset", 0.0)
+    share = (1 + math.cos(math.pi * moment / epochs)) / 2
     for group, first in zip(optimizer.param_groups, schedule.base_lrs, strict=True):
         group["lr"] = schedule.eta_min + (first - schedule.eta_min) * share
     if shown:

@@ -7,50 +7,18 @@ settings".
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from .count import Convention
+from .figures import Figures
+from .sections import Arguments, NonNegativeInt, PositiveInt, Section
 from .transforms import TRANSFORMS
 
-Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
-Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
-NAMED_BUILDERS = ("bsconv", "torchvision", "timm")
-
-PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # `true` is not 1
-NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
-
-
-def _finite(value: Any) -> Any:
-    """A value without infinities in it, whatever it holds."""
-    waiting, seen = [value], set()
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, float) and not math.isfinite(item):
-            raise ValueError(f"input should be finite numbers, and {item} is among them")
-        if isinstance(item, (Mapping, list, tuple)) and id(item) not in seen:
-            seen.add(id(item))  # YAML's aliases may repeat a value many times over
-            waiting += item.values() if isinstance(item, Mapping) else item
-    return value
-
-
-Arguments = Annotated[dict[str, Any], AfterValidator(_finite)]
-
-
-class Section(BaseModel):
-    """A part of a recipe: frozen, without keys that nobody reads, its numbers finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+Builder = Literal[
+    "bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "networks", "parc-mobilenetv2"
+]
+NAMED_BUILDERS = ("bsconv", "torchvision", "timm", "networks")
 
 
 class ModelSpec(Section):
@@ -58,7 +26,7 @@ class ModelSpec(Section):
 
     Attributes:
         builder: who makes it.
-        name: the model's name there (bsconv, torchvision and timm).
+        name: the model's name there (bsconv, torchvision, timm and networks).
         arguments: further keyword arguments of the builder.
         strides: modules whose stride is set after building, by path (small inputs).
         num_classes: logits, at least 2.
@@ -67,8 +35,8 @@ class ModelSpec(Section):
 
     builder: Builder
     name: str | None = None
-    arguments: Arguments = {}
-    strides: dict[str, PositiveInt] = {}
+    arguments: Arguments = Field(default_factory=dict)
+    strides: dict[str, PositiveInt] = Field(default_factory=dict)
     num_classes: Annotated[int, Field(strict=True, ge=2)]
     input_side: PositiveInt
 
@@ -189,10 +157,16 @@ class StepSpec(Section):
 
 
 class CosineSpec(Section):
-    """Half a cosine from the learning rate to `final_fraction` of it, per epoch."""
+    """Half a cosine from the learning rate to `final_fraction` of it, per epoch.
+
+    Attributes:
+        final_fraction: what of the learning rate is left at the end.
+        offset: the moment of an epoch that its rate is that of: 0 its beginning, 1 its end.
+    """
 
     name: Literal["cosine"]
     final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    offset: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class TrainingSpec(Section):
@@ -202,6 +176,9 @@ class TrainingSpec(Section):
         epochs: passes over the training data.
         batch_size: images per optimiser step, all processes together.
         orthonormal_weight: weight of the BSConv-S loss (0.1 in the paper, 0 leaves it out).
+        condense_before: epochs (from 1, in order) before which learned group convolutions go through a condensing
+            stage; an epoch named twice has two.
+        lasso_weight: weight of their group lasso (0 leaves it out).
         label_smoothing: of the cross entropy.
         clip_norm: largest gradient norm (none: no clipping).
         ema_decay: decay of the averaged weights that are evaluated then (none: no averaging).
@@ -210,50 +187,18 @@ class TrainingSpec(Section):
     epochs: PositiveInt
     batch_size: PositiveInt
     orthonormal_weight: Annotated[float, Field(ge=0)] = 0.0
+    condense_before: tuple[PositiveInt, ...] = ()
+    lasso_weight: Annotated[float, Field(ge=0)] = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
-
-class Published(Section):
-    """Figures as printed: millions of parameters and operations, top-1 accuracy in percent."""
-
-    params_m: float | None = None
-    flops_m: float | None = None
-    top1: float | None = None
-
-
-class Reference(Section):
-    """Figures of the reference implementation that a correct network reproduces; see `Count`.
-
-    Attributes:
-        params: all parameters.
-        layer_params: parameters without bare ones.
-        flops: under the recipe's convention, for one image.
-        conv_linear: of `flops`, conv and linear multiply-adds (fvcore).
-        downsampling_pool_inputs: of `flops`, inputs of strided max-pools (bsconv).
-    """
-
-    params: PositiveInt | None = None
-    layer_params: PositiveInt | None = None
-    flops: PositiveInt | None = None
-    conv_linear: PositiveInt | None = None
-    downsampling_pool_inputs: NonNegativeInt | None = None
-
-
-class Row(Section):
-    """One published row. `differs` says why a measured figure does not round to the printed one."""
-
-    published: Published
-    reference: Reference = Reference()
-    differs: dict[Literal["params", "flops"], str] = {}
-
-
-class Figures(Section):
-    """The paper's figures of a recipe and the convention that its operations are counted in."""
-
-    count: Convention
-    rows: dict[Variant, Row]
+    @field_validator("condense_before")
+    @classmethod
+    def _in_order(cls, epochs: tuple[int, ...]) -> tuple[int, ...]:
+        if list(epochs) != sorted(epochs):
+            raise ValueError(f"stages come in the order of their epochs, not {list(epochs)}")
+        return epochs
 
 
 class RecipeData(Section):

@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from padfree.errors import PadfreeError
+from padfree.layers.learned_groups import lasso
 
 from .checkpoints import (
     Epoch,
@@ -34,6 +35,7 @@ from .checkpoints import (
     read_progress,
     save_checkpoint,
 )
+from .condensing import begin_epoch, check_stages
 from .evaluate import Scores, evaluate
 from .files import write_text
 from .loaders import eval_loader, set_epoch, train_loader
@@ -96,6 +98,7 @@ def train(run: Run) -> Progress:
     accelerator = _accelerator(run)
     network = recipe.build(run.variant, seed=run.seed)
     check_images(network, recipe.model)
+    check_stages(network, recipe.training, shown=accelerator.is_main_process)
     batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
     with locked(run.path) if accelerator.is_main_process else contextlib.nullcontext():
         _open(run, accelerator, network)
@@ -127,6 +130,7 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
         for number in range(progress.done + 1, epochs + 1):
             set_seed(epoch_seed(run.seed, number), device_specific=True)
             set_epoch(train_batches, number)
+            begin_epoch(accelerator.unwrap_model(model), average, recipe.training, number)
             step = Step(recipe, accelerator, model, optimizer, average, bar, folder, number)
             scores, seconds = step.epoch(train_batches)
             rate = optimizer.param_groups[0]["lr"]
@@ -196,6 +200,8 @@ class Step:
         if settings.orthonormal_weight:
             own = self.accelerator.unwrap_model(self.model)
             loss = loss + orthonormal_loss(own, settings.orthonormal_weight)
+        if settings.lasso_weight:
+            loss = loss + settings.lasso_weight * lasso(self.accelerator.unwrap_model(self.model))
         return loss, logits
 
     def check(self, total: Tensor, when: str) -> None:

@@ -11,8 +11,9 @@ import padfree
 from padfree import PadfreeError
 
 from .efficientformerv2 import replace_downsampling
+from .figures import Variant
 from .models import build_model
-from .schema import RecipeData, Variant
+from .schema import RecipeData
 
 DOWNSAMPLING = ("depthwise", "dense", "projection")
 STEM = ("stem",)

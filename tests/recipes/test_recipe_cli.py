@@ -46,7 +46,7 @@ def test_table_as_json_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_table_shows_every_figure_uncut(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["table", "--table", "imagenet"]) == 0
+    assert main(["table", "--table", "imagenet", "--wide"]) == 0
     out = capsys.readouterr().out
     assert "5,480,932" in out and "214,950,772" in out and "…" not in out
     assert "* imagenet/mobilenetv3-large padfree: flops 215.0M is printed as 214.9M: printed cut" in out

@@ -15,12 +15,17 @@ from padfree.errors import FileError
 
 ROWS = json.loads((Path(__file__).parents[1] / "data" / "paper_rows.json").read_text())
 DIGITS = ("digits/ghostnet", "digits/mobilenetv3-large", "digits/resnet20", "digits/shufflenetv2-x1.0")
+OTHERS = ("imagenet/mobilenetv3-large-cosine", "digits/mobilenetv2-lgc")
+DOCUMENTS = {
+    f"{row['table']}/{row['model']}"
+    for row in json.loads((Path(__file__).parents[1] / "data" / "document_rows.json").read_text())
+}
 
 
 def test_there_is_a_recipe_for_every_row_and_for_the_digits() -> None:
     wanted = {f"{row['table']}/{row['model']}" for row in ROWS}
     assert len(ROWS) == 54 and len(wanted) == 25
-    assert set(names()) == wanted | set(DIGITS) | {"imagenet/mobilenetv3-large-cosine"}
+    assert set(names()) == wanted | set(DIGITS) | set(OTHERS) | DOCUMENTS
 
 
 def test_recipes_hold_the_published_and_reference_figures_of_every_row() -> None:

@@ -6,12 +6,13 @@ import functools
 
 import pytest
 from padfree.recipes import RecipeError, load
-from padfree.recipes.bsconv_table import bsconv_lines, rows
+from padfree.recipes.bsconv_table import rows
 from padfree.recipes.recipe import Recipe
-from padfree.recipes.tables import Line, lines, recipe_lines, tables
+from padfree.recipes.tables import Line, bsconv_lines, lines, recipe_lines, tables
 
 MAIN = {"cifar100-first": 12, "cifar100-second": 8, "stanford-dogs": 4, "imagenet": 2, "vegfru-292": 8}
 OTHERS = {"cifar100-ablation": 16, "cifar100-efficientformerv2": 4}
+DOCUMENTS = {"mobilenets-cifar100": 18, "mobilenet123": 12}  # see test_recipe_networks.py
 
 
 @functools.cache
@@ -20,8 +21,8 @@ def measured_lines(table: str) -> tuple[Line, ...]:
     return tuple(lines(table))
 
 
-def test_the_tables_are_those_of_the_paper() -> None:
-    assert set(tables()) == set(MAIN) | set(OTHERS)
+def test_the_tables_are_those_of_the_documents() -> None:
+    assert set(tables()) == {*MAIN, *OTHERS, *DOCUMENTS, "bsconv"}
     assert sum(MAIN.values()) == 34
 
 
@@ -96,16 +97,17 @@ def test_an_unknown_table_is_refused() -> None:
 def test_bsconv_rows_are_counted_and_converted() -> None:
     assert len(rows()) == 54
     some = ["cifar_resnet20", "cifar_resnet20_bsconvs_p1d4", "cifar_wrn28_1_bsconvu", "cifar_wrn40_3"]
-    found = {line.architecture: line for line in bsconv_lines(some)}
-    assert list(found) == some
-    assert all(not line.off and line.padfree for line in found.values())
+    found = {(line.recipe, line.variant): line for line in bsconv_lines(some)}
+    assert list(found) == [(f"bsconv/{name}", variant) for name in some for variant in ("original", "padfree")]
+    assert all(not line.off for line in found.values())
     # two of them are rows of the paper's first table, too
-    assert found["cifar_resnet20"].padfree == {"params": 282_138, "flops": 37_802_324}
-    assert found["cifar_wrn40_3"].padfree == {"params": 5_287_082, "flops": 668_736_868}
+    for name, params, flops in (("cifar_resnet20", 282_138, 37_802_324), ("cifar_wrn40_3", 5_287_082, 668_736_868)):
+        measured = found[f"bsconv/{name}", "padfree"].measured
+        assert (measured["params"], measured["flops"]) == (params, flops)
 
 
 @pytest.mark.slow
 def test_all_bsconv_originals_match_their_published_figures() -> None:
     found = list(bsconv_lines())
-    assert len(found) == 54
-    assert [(line.architecture, line.off, line.skipped) for line in found if line.off or line.skipped] == []
+    assert len(found) == 2 * 54
+    assert [(line.recipe, line.off) for line in found if line.off] == []
