@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode  # documented, in a module without a public name
 
+from padfree.record.recorder import TorchDispatchMode
 from padfree.record.trees import geometry_key, mapped, storage, tensors
 
 
