@@ -19,6 +19,9 @@ from torch import nn
 
 import padfree
 from padfree import kernels
+from padfree.adapt.calibrate import calibrate
+from padfree.adapt.report import Calibration
+from padfree.cli.folder import batches, image_files
 from padfree.cli.replacing import HELP as REPLACE_HELP
 from padfree.cli.replacing import replaced
 from padfree.cli.terminal import Terminated, printing, terminable
@@ -28,6 +31,7 @@ from padfree.files.checkpoint import load_checkpoint
 from padfree.files.sources import Source
 from padfree.files.weights import save
 from padfree.files.writing import all_or_none, check_target, replacing
+from padfree.layers.new import untrained
 from padfree.report.comparison import Comparison, compare
 from padfree.types import Options, PlanData
 
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
     rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
     rewrite.add_argument("--init", default="auto", help="of new layers: auto (default), preserve or fresh")
+    rewrite.add_argument("--calibrate", metavar="FOLDER", help="fit a trained network on a folder's images, unlabelled")
     rewrite.add_argument("--allow-resize", action="store_true", help="also where the output would get smaller sides")
     rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
     rewrite.add_argument("--replace", nargs="+", action="append", metavar=("KIND", "KEY=VALUE"), help=REPLACE_HELP)
@@ -120,33 +125,50 @@ def _run(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
         source = _source(arguments)
         try:
-            report, made, comparison = _convert(arguments, source, targets)
+            report, made, comparison, told = _convert(arguments, source, targets)
         except SystemExit as error:
             raise PadfreeError(f"the code of {source} ended the program ({error.code})") from error
     with printing():
-        _publish(report, source, made, comparison, targets)
+        _publish(report, source, made, comparison, targets, told)
 
 
 def _convert(
     arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
-) -> tuple[dict[str, Any], Plan, Comparison | None]:
-    """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
+) -> tuple[dict[str, Any], Plan, Comparison | None, str]:
+    """Build, plan, convert, measure and write; the content of `--json`, the plan, the figures, and what to tell."""
+    files = None if arguments.calibrate is None else image_files(arguments.calibrate)
     original = source.create(arguments.pretrained)
     if arguments.checkpoint is not None:
         load_checkpoint(original, arguments.checkpoint)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _planned(original, arguments, size)
-    comparison = None
+    comparison, told, calibration = None, "", None
     with all_or_none():
         if not arguments.plan_only:
             converted = made.apply(original)
             comparison = compare(original, converted, made.input_size)
+            told = untrained(converted) if made.preserves else ""
+            if files is not None:
+                calibration = _calibrated(original, converted, made, files)
+                told = f"{calibration}\nfine-tune it for a few epochs at a tenth to a third of the usual learning rate"
             _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
         report = _report(source, made, comparison, original)
+        report["calibration"] = None if calibration is None else calibration.to_dict()
         if targets.get("json") is not None:
             with replacing(Path(str(targets["json"]))) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report, made, comparison
+    return report, made, comparison, told
+
+
+def _calibrated(original: nn.Module, converted: nn.Module, made: Plan, files: list[Path]) -> Calibration:
+    """Fit the converted network in place, on the images of these files."""
+    if not made.preserves:
+        raise PadfreeError(
+            "--calibrate fits a trained network, and this one begins fresh; give --pretrained or --checkpoint (or "
+            "--init preserve, if it is trained and has no norms that show it)"
+        )
+    images = batches(original, made.input_size, files)
+    return calibrate(converted, images, original=original)
 
 
 def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
@@ -171,6 +193,8 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
         if name != "json" and path == "-":
             raise PadfreeError(f"{flag} -: only the report can go to stdout; give a file name")
         targets[name] = None if path == "-" else check_target(path)
+    if arguments.plan_only and arguments.calibrate is not None:
+        raise PadfreeError("--plan-only converts nothing, so there is nothing to calibrate")
     if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
         raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
@@ -290,6 +314,7 @@ def _publish(
     made: Plan,
     comparison: Comparison | None,
     targets: dict[str, Path | None],
+    told: str,
 ) -> None:
     if "json" in targets and targets["json"] is None:
         print(json.dumps(report, indent=2))
@@ -299,6 +324,8 @@ def _publish(
     for first in _earlier(made):
         show(f"{source}, first", first, None)
     show(str(source), made, comparison)
+    if told:
+        print(told)
     for path in targets.values():
         print(f"wrote {path}")
 
