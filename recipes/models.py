@@ -16,6 +16,7 @@ from padfree.files.sources import Source
 from .losses import orthonormal_loss
 from .parc import ParCMobileNetV2
 from .schema import ModelSpec
+from .small import small_network
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
@@ -121,6 +122,10 @@ def _parc_mobilenetv2(spec: ModelSpec) -> nn.Module:
     return ParCMobileNetV2(spec.num_classes, spec.input_side, **spec.arguments)
 
 
+def _small(spec: ModelSpec) -> nn.Module:
+    return small_network(str(spec.name), spec.num_classes, **spec.arguments)
+
+
 _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "bsconv": _bsconv,
     "bsconv-mobilenetv3": _bsconv_mobilenetv3,
@@ -128,6 +133,7 @@ _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "timm": _named,
     "timm-ghostnet": _timm_ghostnet,
     "parc-mobilenetv2": _parc_mobilenetv2,
+    "small": _small,
 }
 
 

@@ -24,8 +24,9 @@ from .count import Convention
 from .transforms import TRANSFORMS
 
 Variant = Literal["original", "padfree", "stem-only", "downsampling-only", "efficientformerv2"]
-Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2"]
-NAMED_BUILDERS = ("bsconv", "torchvision", "timm")
+Builder = Literal["bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "parc-mobilenetv2", "small"]
+NAMED_BUILDERS = ("bsconv", "torchvision", "timm", "small")
+BUNDLED = ("digits", "mnist5k", "photos")  # data sets that come inside packages, and need no folder
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]  # `true` is not 1
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
@@ -58,7 +59,7 @@ class ModelSpec(Section):
 
     Attributes:
         builder: who makes it.
-        name: the model's name there (bsconv, torchvision and timm).
+        name: the model's name there (bsconv, torchvision, timm and small).
         arguments: further keyword arguments of the builder.
         strides: modules whose stride is set after building, by path (small inputs).
         num_classes: logits, at least 2.
@@ -108,11 +109,13 @@ class DataSpec(Section):
 
     Attributes:
         dataset: which loader.
-        root: its folder (digits need none).
+        root: its folder (digits, mnist5k and photos need none).
         download: fetch it there first (CIFAR, Stanford Dogs, and those of timm's readers that can).
         reader: for `timm`: the reader and name, such as `hfids/user/name` or `wds/name`.
         train_split, eval_split: split names (folder: sub-folders; timm: splits).
-        train_samples, eval_samples: images per pass of a stream, where its reader cannot tell.
+        train_samples, eval_samples: images per pass of a stream, where its reader cannot tell; crops of photos.
+        crop_side: of photos: pixels of a crop, by default the network's input_side.
+        grey: of photos: without colours, as three equal channels.
         train, eval: transforms in order, each a name of torchvision.transforms.v2 and its arguments.
         check_images: read every image file once before the first epoch, and refuse those that are damaged.
         skip_corrupt: go on without the damaged ones instead.
@@ -120,7 +123,7 @@ class DataSpec(Section):
         workers: loading processes per training process.
     """
 
-    dataset: Literal["digits", "cifar10", "cifar100", "stanford-dogs", "folder", "timm"]
+    dataset: Literal["digits", "mnist5k", "photos", "cifar10", "cifar100", "stanford-dogs", "folder", "timm"]
     root: str | None = None
     download: bool = False
     reader: str | None = None
@@ -128,6 +131,8 @@ class DataSpec(Section):
     eval_split: str = "val"
     train_samples: PositiveInt | None = None
     eval_samples: PositiveInt | None = None
+    crop_side: PositiveInt | None = None
+    grey: bool = False
     train: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
     eval: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
     check_images: bool = True
@@ -147,10 +152,12 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSpec:
-        if self.dataset != "digits" and self.root is None and self.reader is None:
+        if self.dataset not in BUNDLED and self.root is None and self.reader is None:
             raise ValueError(f"dataset {self.dataset} needs data.root, the folder it lies in")
         if (self.dataset == "timm") != (self.reader is not None):
             raise ValueError("data.reader and dataset: timm go together")
+        if self.dataset != "photos" and (self.crop_side is not None or self.grey):
+            raise ValueError("data.crop_side and data.grey are settings of dataset photos alone")
         if self.skip_corrupt and not self.check_images:
             raise ValueError("data.skip_corrupt needs data.check_images, which finds them")
         return self
