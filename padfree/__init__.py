@@ -6,7 +6,7 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 from padfree import export
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
-from padfree.errors import PadfreeError
+from padfree.errors import PadfreeError, UntrainedWarning
 from padfree.files.weights import load, save
 from padfree.report.comparison import Comparison, compare
 from padfree.rules.base import Example, Rule, register
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "Rule",
     "Skip",
+    "UntrainedWarning",
     "__version__",
     "compare",
     "convert",

@@ -97,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
     rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
     rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
+    rewrite.add_argument("--init", default="auto", help="of new layers: auto (default), preserve or fresh")
+    rewrite.add_argument("--allow-resize", action="store_true", help="also where the output would get smaller sides")
+    rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
@@ -196,6 +199,7 @@ def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...]
         pool=arguments.pool,
         projection=arguments.projection,
         stem_residual=arguments.stem_residual,
+        allow_resize=arguments.allow_resize,
     )
     settings: dict[str, Any] = {
         "rules": _split(arguments.rules),
@@ -203,6 +207,8 @@ def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...]
         "exclude": arguments.exclude,
         "options": options,
         "input_size": size,
+        "check": not arguments.no_check,
+        "init": arguments.init,
     }
     made = plan(model, **settings)
     if not made.matches and not arguments.plan_only:
@@ -228,6 +234,10 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
         "maps": None,
         "uncounted": {},
         "notes": [],
+        "init": made.init,
+        "new_layers": None,
+        "last_map_size": None,
+        "last_map_macs": None,
     }
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from torch import nn
 from padfree.record.copies import bare_copy
 from padfree.record.inputs import example_inputs
 from padfree.record.trees import first_line
+
+_WEIGHT, _POINT_WEIGHT = 2, 12  # of padfree::chain's inputs, by its schema
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
             duplicate = _on_cpu(bare_copy(model))
             example = next(example_inputs(duplicate, input_size, meta=False))
             analysis = FlopCountAnalysis(duplicate, example).tracer_warnings("none")
+            analysis.set_op_handle("padfree::chain", _chain_macs)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             total = int(analysis.total())
             skipped = sorted(analysis.unsupported_ops().items())
@@ -45,6 +50,15 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
         why = f"{type(error).__name__}: {first_line(error)}"
         return MacCount(None, Counter(), f"fvcore cannot count it: {why}")
     return MacCount(total, Counter({name.rpartition("::")[2]: number for name, number in skipped}))
+
+
+def _chain_macs(inputs: list[Any], outputs: list[Any]) -> int:
+    """Of a fused chain: its depthwise convolution's and, where it has one, its 1x1's, as fvcore counts convolutions."""
+    from fvcore.nn.jit_handles import get_shape
+
+    batch, _, *sides = get_shape(outputs[0])
+    weights = (get_shape(inputs[at]) for at in (_WEIGHT, _POINT_WEIGHT))
+    return int(batch * math.prod(sides) * sum(math.prod(shape) for shape in weights if shape))
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:
