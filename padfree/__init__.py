@@ -4,6 +4,8 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
 from padfree import export
+from padfree.adapt.calibrate import calibrate
+from padfree.adapt.report import Calibration
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError, UntrainedWarning
@@ -14,6 +16,7 @@ from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "Comparison",
     "Example",
     "Match",
@@ -24,6 +27,7 @@ __all__ = [
     "Skip",
     "UntrainedWarning",
     "__version__",
+    "calibrate",
     "compare",
     "convert",
     "export",
