@@ -12,6 +12,8 @@ differences are taken seed by seed. Finished cells are kept in `--json`, and a r
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import statistics
 import sys
 import time
@@ -19,31 +21,32 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ablation_page import page, picture
 from benchmarks.images import Images, Split, images
-from benchmarks.training import Cell, accuracy, cells, fit, predictions
+from benchmarks.training import RATE, Cell, accuracy, arguments_of, cells, fit, marks, original, predictions, report
 from padfree import recipes
 
 FAMILIES = ("resnet", "mobilenetv2", "mobilenetv3")
 DATA = ("photos", "mnist5k")
 VARIANTS = ("original", "stem-only", "downsampling-only", "padfree")
-STEPS, SIDE, RATE = 640, 32, 0.1
-MARKS = (0, 80, 160, 320, 480, 640)
+STEPS, SIDE = 640, 32
 ABOUT = "ablation: batches of 64 at 32 pixels, rate 0.1, cosine, weight decay 5e-4"
 NOISE, SHIFTS = 0.3, (1, 2, 3, 4)
 WAYS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 BORDER = 6  # pixels from the middle that bring MNIST's digits, of 20 pixels in 28, to the image's border
-PAPER = tuple(
-    f"cifar100-ablation/{name}" for name in ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2")
-)
 
 
-def measure(key: Cell) -> Cell:
+def measure(key: Cell, folder: Path) -> Cell:
     """Train one variant of one network, and look at it from all sides."""
     begun = time.process_time()
     data = images(key["data"], SIDE)
     recipe = recipes.load(f"{key['data']}/{key['family']}")
-    model = recipe.build(key["variant"], seed=key["seed"])
-    curve = fit(model, data, key["steps"], lr=RATE, seed=key["seed"], marks=[m for m in MARKS if m <= key["steps"]])
+    steps, seed = key["steps"], key["seed"]
+    if key["variant"] == "original":
+        model, curve = original(recipe, data, steps, seed, folder)
+    else:
+        model = recipe.build(key["variant"], seed=seed)
+        curve = fit(model, data, steps, lr=RATE, seed=seed, marks=marks(steps))
     found = conditions(model, data)
     return {
         "key": key,
@@ -99,11 +102,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES)
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=STEPS, help="batches of 64 a run (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default: %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="measure again what --json holds")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=Path("runs/ablation.json"))
+    arguments_of(parser, "ablation")
     arguments = parser.parse_args()
     keys = [
         {"data": data, "family": family, "variant": variant, "seed": seed, "steps": arguments.steps}
@@ -112,7 +112,12 @@ def main() -> int:
         for family in arguments.families
         for variant in VARIANTS
     ]
-    cells(keys, measure, arguments.json, ABOUT, arguments.jobs, arguments.restart)
+    looked_at = functools.partial(measure, folder=arguments.json.parent / "originals")
+    if not arguments.report:
+        cells(keys, looked_at, arguments.json, ABOUT, arguments.jobs, arguments.restart)
+    print(report(arguments.json, page, arguments.markdown, arguments.picture))
+    if arguments.picture:
+        picture(json.loads(arguments.json.read_text())["cells"], arguments.picture)
     return 0
 
 

@@ -6,6 +6,7 @@ variant, seed), so they are computed in any order, in several processes, and nev
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import json
 import math
@@ -18,12 +19,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from padfree.recipes import Recipe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.clock import machine, progress
 from benchmarks.images import Images
 
-BATCH = 64
+BATCH, RATE = 64, 0.1
 Cell = dict[str, Any]
 
 
@@ -66,6 +70,38 @@ def fit(
         optimizer.step()
     model.eval()
     return curve
+
+
+def original(recipe: Recipe, data: Images, steps: int, seed: int, folder: Path) -> tuple[nn.Module, dict[int, float]]:
+    """A recipe's original network, trained from scratch, and its curve; kept in `folder` for whichever benchmark asks.
+
+    Args:
+        recipe: of the network.
+        data: what it is trained on.
+        steps: batches.
+        seed: of initial values and batches.
+        folder: of the weights, made where it is not there.
+    """
+    model = recipe.build("original", seed=seed)
+    name = recipe.model.name or recipe.model.builder
+    path = folder / f"{data.name}-{data.side}-{name}-{steps}-seed{seed}.safetensors"
+    if path.is_file():
+        model.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            curve = json.loads(file.metadata()["curve"])
+        return model.to(memory_format=torch.channels_last).eval(), {int(step): value for step, value in curve.items()}
+    curve = fit(model, data, steps, lr=RATE, seed=seed, marks=marks(steps))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    part = path.with_suffix(".part")
+    save_file(weights, part, {"curve": json.dumps(curve)})
+    part.replace(path)
+    return model, curve
+
+
+def marks(steps: int) -> list[int]:
+    """Where the curve of a training run is looked at."""
+    return sorted({0, steps // 8, steps // 4, steps // 2, 3 * steps // 4, steps})
 
 
 def rate(step: int, steps: int, lr: float, warmup: int) -> float:
@@ -113,6 +149,7 @@ def cells(
                 f"{path} holds cells of other settings ({known['about']}); give another --json or --restart"
             )
         found = known["cells"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     done = [cell["key"] for cell in found]
     left = [key for key in wanted if key not in done]
     begun = time.perf_counter()
@@ -140,6 +177,59 @@ def _measured(left: Sequence[Cell], measure: Callable[[Cell], Cell], jobs: int) 
     ) as pool:
         for done in concurrent.futures.as_completed([pool.submit(measure, key) for key in left]):
             yield done.result()
+
+
+def draw(panels: dict[str, dict[str, list[dict[Any, float]]]], target: Path, steps: str) -> None:
+    """Draw curves: a panel each, a line for the mean of the seeds, a band from the lowest to the highest.
+
+    Args:
+        panels: by title: curves by label, a mapping from step to accuracy for each seed.
+        target: PNG file.
+        steps: what the steps are.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        for label, seeds in curves.items():
+            marks = sorted({int(step) for curve in seeds for step in curve})
+            values = [[curve.get(step, curve.get(str(step))) for curve in seeds] for step in marks]
+            (line,) = axis.plot(marks, [statistics.fmean(at) for at in values], label=label, marker=".")
+            axis.fill_between(marks, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.2)
+        axis.set(title=title, xlabel=steps, ylabel="test accuracy, %")
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    axes[0].legend()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=110)
+
+
+def report(
+    path: Path, page: Callable[[list[Cell], dict[str, Any], str | None], str], markdown: Path | None, image: Path | None
+) -> str:
+    """The page of all cells in `path`, written to `markdown` where it is given; its picture is named beside it."""
+    known = json.loads(path.read_text())
+    found = sorted(known["cells"], key=lambda cell: cell["key"]["seed"])
+    text = page(found, known["machine"], image.name if image else None)
+    if markdown:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
+        markdown.write_text(text, encoding="utf-8")
+    return text
+
+
+def arguments_of(parser: argparse.ArgumentParser, name: str) -> None:
+    """What both benchmarks take."""
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default: %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="measure again what --json holds")
+    parser.add_argument("--report", action="store_true", help="measure nothing: report what --json holds")
+    parser.add_argument("--json", metavar="FILE", type=Path, default=Path(f"runs/{name}.json"), help="every figure")
+    parser.add_argument("--markdown", metavar="FILE", type=Path, help="the page, beside printing it")
+    parser.add_argument("--picture", metavar="FILE", type=Path, help="curves, as PNG")
 
 
 def spread(values: Sequence[float], digits: int = 1, sign: bool = False) -> str:

@@ -222,6 +222,32 @@ class TrainingSpec(Section):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
+class StartSpec(Section):
+    """Fine-tuning from a trained original (start.py); the learning rate is this section's, step by step.
+
+    Attributes:
+        checkpoint: a run folder of variant original, a checkpoint in one, or a file of weights.
+        init: of the new layers: "preserve" keeps what the network does, "fresh" are torch's initial values.
+        calibrate: fit the converted network to unlabelled training images before it is trained.
+        batches: of 64 images, for that.
+        lr: highest learning rate; by default a tenth of the optimizer's for one epoch, a third of it for more.
+        warmup_steps: optimiser steps until it is reached; from there on half a cosine leads to 0.
+    """
+
+    checkpoint: str
+    init: Literal["preserve", "fresh"] = "preserve"
+    calibrate: bool = False
+    batches: PositiveInt = 20
+    lr: Annotated[float, Field(gt=0)] | None = None
+    warmup_steps: NonNegativeInt = 8
+
+    @model_validator(mode="after")
+    def _calibration_keeps(self) -> StartSpec:
+        if self.calibrate and self.init == "fresh":
+            raise ValueError("start.calibrate goes on from start.init: preserve")
+        return self
+
+
 class Published(Section):
     """Figures as printed: millions of parameters and operations, top-1 accuracy in percent."""
 
@@ -279,4 +305,5 @@ class RecipeData(Section):
     optimizer: Annotated[SGDSpec | AdamWSpec, Field(discriminator="name")]
     schedule: Annotated[StepSpec | CosineSpec, Field(discriminator="name")]
     training: TrainingSpec
+    start: StartSpec | None = None
     figures: Figures | None = None
