@@ -4,6 +4,7 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 """
 
 from padfree import export
+from padfree.advise.advice import Advice, advise
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError
@@ -14,6 +15,7 @@ from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"
 __all__ = [
+    "Advice",
     "Comparison",
     "Example",
     "Match",
@@ -23,6 +25,7 @@ __all__ = [
     "Rule",
     "Skip",
     "__version__",
+    "advise",
     "compare",
     "convert",
     "export",

@@ -34,7 +34,7 @@ ORDER = (
         "verify",
         "plan",
     ),
-    *("convert", "files", "report", "deploy", "export", "timm", "cli"),
+    *("convert", "files", "report", "deploy", "advise", "export", "timm", "cli"),
 )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import padfree
 from padfree import kernels
+from padfree.cli import advise
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
+    advise.add_flag(result)
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
@@ -111,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     targets = _check_targets(arguments)
+    if arguments.advise is not None:
+        source = _source(arguments)
+        size = tuple(arguments.input_size) if arguments.input_size else source.input_size
+        return advise.run(lambda: _original(arguments, source), arguments.advise, _options(arguments), size, targets)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
         source = _source(arguments)
@@ -126,9 +132,7 @@ def _convert(
     arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
 ) -> tuple[dict[str, Any], Plan, Comparison | None]:
     """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
-    original = source.create(arguments.pretrained)
-    if arguments.checkpoint is not None:
-        load_checkpoint(original, arguments.checkpoint)
+    original = _original(arguments, source)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _plan(original, arguments, size)
     comparison = None
@@ -144,8 +148,16 @@ def _convert(
     return report, made, comparison
 
 
+def _original(arguments: argparse.Namespace, source: Source) -> nn.Module:
+    original = source.create(arguments.pretrained)
+    if arguments.checkpoint is not None:
+        load_checkpoint(original, arguments.checkpoint)
+    return original
+
+
 def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
     """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
+    advise.check(arguments)
     targets: dict[str, Path | None] = {}
     for name in ("output", "onnx", "exported_program", "json"):
         path = getattr(arguments, name)
@@ -192,19 +204,22 @@ def _timm_channels(name: str, channels: int) -> dict[str, int]:
     return {} if channels == usual else {"in_chans": channels}
 
 
-def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
-    options = Options(
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
         merge=arguments.merge,
         pool=arguments.pool,
         projection=arguments.projection,
         stem_residual=arguments.stem_residual,
         allow_resize=arguments.allow_resize,
     )
+
+
+def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
     settings: dict[str, Any] = {
         "rules": _split(arguments.rules),
         "include": arguments.include,
         "exclude": arguments.exclude,
-        "options": options,
+        "options": _options(arguments),
         "input_size": size,
         "check": not arguments.no_check,
     }
