@@ -6,6 +6,7 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 from padfree import export
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
+from padfree.advise.advice import Advice, advise
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError, UntrainedWarning
@@ -18,6 +19,7 @@ from padfree.types import Match, Options, Skip
 
 __version__ = "0.1.0"
 __all__ = [
+    "Advice",
     "Calibration",
     "Comparison",
     "Example",
@@ -29,6 +31,7 @@ __all__ = [
     "Skip",
     "UntrainedWarning",
     "__version__",
+    "advise",
     "calibrate",
     "compare",
     "convert",

@@ -21,6 +21,7 @@ import padfree
 from padfree import kernels
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
+from padfree.cli import advise
 from padfree.cli.folder import batches, image_files
 from padfree.cli.replacing import HELP as REPLACE_HELP
 from padfree.cli.replacing import replaced
@@ -111,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--replace-only", action="store_true", help="replace, and do not convert")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
+    advise.add_flag(result)
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
@@ -121,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     targets = _check_targets(arguments)
+    if arguments.advise is not None:
+        source = _source(arguments)
+        size = tuple(arguments.input_size) if arguments.input_size else source.input_size
+        return advise.run(lambda: _original(arguments, source), arguments.advise, _options(arguments), size, targets)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
         source = _source(arguments)
@@ -137,9 +143,7 @@ def _convert(
 ) -> tuple[dict[str, Any], Plan, Comparison | None, str]:
     """Build, plan, convert, measure and write; the content of `--json`, the plan, the figures, and what to tell."""
     files = None if arguments.calibrate is None else image_files(arguments.calibrate)
-    original = source.create(arguments.pretrained)
-    if arguments.checkpoint is not None:
-        load_checkpoint(original, arguments.checkpoint)
+    original = _original(arguments, source)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _planned(original, arguments, size)
     comparison, told, calibration = None, "", None
@@ -180,8 +184,16 @@ def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int
     return made
 
 
+def _original(arguments: argparse.Namespace, source: Source) -> nn.Module:
+    original = source.create(arguments.pretrained)
+    if arguments.checkpoint is not None:
+        load_checkpoint(original, arguments.checkpoint)
+    return original
+
+
 def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
     """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
+    advise.check(arguments)
     targets: dict[str, Path | None] = {}
     for name in ("output", "onnx", "exported_program", "json"):
         path = getattr(arguments, name)
@@ -230,19 +242,22 @@ def _timm_channels(name: str, channels: int) -> dict[str, int]:
     return {} if channels == usual else {"in_chans": channels}
 
 
-def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
-    options = Options(
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
         merge=arguments.merge,
         pool=arguments.pool,
         projection=arguments.projection,
         stem_residual=arguments.stem_residual,
         allow_resize=arguments.allow_resize,
     )
+
+
+def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
     settings: dict[str, Any] = {
         "rules": _split(arguments.rules),
         "include": arguments.include,
         "exclude": arguments.exclude,
-        "options": options,
+        "options": _options(arguments),
         "input_size": size,
         "check": not arguments.no_check,
         "init": arguments.init,
