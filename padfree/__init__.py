@@ -6,6 +6,7 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 from padfree import export
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
+from padfree.borders.effect import border_effect
 from padfree.borders.footprint import footprint
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
@@ -30,6 +31,7 @@ __all__ = [
     "Skip",
     "UntrainedWarning",
     "__version__",
+    "border_effect",
     "calibrate",
     "compare",
     "convert",

@@ -73,6 +73,8 @@ def through(source: Field, window: Window) -> Field:
     are left out (`taps.LEFT_OUT`) are not taken at all.
     """
     rows, columns = window.rows, window.columns
+    if rows.whole and columns.whole:
+        return source
     grid = (len(rows.at), len(columns.at))
     up, across = rows.matrix(), columns.matrix()
     inside = source.map(source.inside)
@@ -162,9 +164,10 @@ def chosen(source: Field, positions: Tensor, grid: tuple[int, int] | None = None
 
 
 def _step(edges: Tensor, otherwise: float) -> float:
-    """Pixels between the first two positions of an axis."""
-    step = float(edges[1] - edges[0]) if len(edges) > 1 else math.nan
-    return step if math.isfinite(step) else otherwise
+    """Pixels between two positions in the middle of an axis; at its ends pixels may be written around."""
+    middle = len(edges) // 2
+    step = float(edges[middle] - edges[middle - 1]) if len(edges) > 1 else math.nan
+    return step if math.isfinite(step) and step > 0 else otherwise
 
 
 def everything(fields: Sequence[Field], note: str) -> Field:

@@ -35,6 +35,13 @@ class Taps:
     pace: float
 
     @property
+    def whole(self) -> bool:
+        """Whether each output reads the one position that it stands for, as 1x1 convolutions do."""
+        return self.at.shape == (self.size, 1) and bool(
+            (self.at[:, 0] == torch.arange(self.size)).all() & self.read.all()
+        )
+
+    @property
     def before(self) -> Tensor:
         """(M, K): taps in front of the first position."""
         return self.read & (self.at < 0)
