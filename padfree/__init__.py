@@ -7,6 +7,8 @@ from padfree import export
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
 from padfree.advise.advice import Advice, advise
+from padfree.borders.effect import border_effect
+from padfree.borders.footprint import footprint
 from padfree.convert import Plan, convert, is_converted, plan
 from padfree.deploy.fuse import fuse
 from padfree.errors import PadfreeError, UntrainedWarning
@@ -32,10 +34,12 @@ __all__ = [
     "UntrainedWarning",
     "__version__",
     "advise",
+    "border_effect",
     "calibrate",
     "compare",
     "convert",
     "export",
+    "footprint",
     "fuse",
     "is_converted",
     "load",

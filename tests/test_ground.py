@@ -34,7 +34,7 @@ ORDER = (
         "verify",
         "plan",
     ),
-    *("convert", "replacing", "files", "report", "deploy", "adapt", "advise", "export", "timm", "cli"),
+    *("convert", "replacing", "files", "report", "borders", "deploy", "adapt", "advise", "export", "timm", "cli"),
 )
 
 
