@@ -28,6 +28,7 @@ ATTRIBUTES = {
     "_assert": "how torch.fx keeps an assertion, as its documentation says",
     "_reset_state": "Accelerate's state, which tests and one process after another need fresh",
     "_SubParsersAction": "argparse's type of a subcommand, for an annotation",
+    "_ArgumentGroup": "argparse's type of a group of flags, for an annotation",
 }
 """Private attributes of objects that are not ours, and why no public name does."""
 
