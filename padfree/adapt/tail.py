@@ -20,7 +20,7 @@ from padfree.layers.stem import StemTail
 
 STEPS, RATE = 200, 0.02
 _BATCHES = 5
-_PIXELS = 1 << 14  # of a batch
+_PIXELS = 1 << 12  # of a batch
 _EXACT = 1e-5
 
 
