@@ -262,7 +262,7 @@ def test_all_of_it_brings_a_network_near_to_what_it_was() -> None:
     report = padfree.calibrate(model, batches(10, images=16), original=original)
     assert report.after < 0.5 * report.before
     assert [each.name for each in report.steps] == [
-        "identity", "tail", "merge", "rescale", "absorb", "imitate", "recalibrate", "classifier",
+        "identity", "tail", "rescale", "merge", "absorb", "imitate", "recalibrate", "classifier",
     ]  # fmt: skip
     assert json.loads(json.dumps(report.to_dict()))["images"] == 128
     assert "calibrated Sequential on 128 images, 32 held back" in str(report)
