@@ -50,7 +50,7 @@ class LearnedGroupConv2d(nn.Conv2d):
         PadfreeError: the channels cannot be divided so.
     """
 
-    mask: Tensor
+    __jit_unused_properties__ = ("kept", "masked", "stage", "stages")
 
     def __init__(
         self,
@@ -76,6 +76,7 @@ class LearnedGroupConv2d(nn.Conv2d):
         )
         self.learned_groups = groups
         self.condense_factor = condense_factor
+        self.mask: Tensor  # said here, since TorchScript reads no class's annotation of a buffer
         self.register_buffer("mask", torch.ones(groups, in_channels, dtype=torch.bool, device=device))
 
     @property
@@ -193,8 +194,6 @@ class CondensedConv2d(nn.Module):
         bias: whether outputs have one.
     """
 
-    index: Tensor
-
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, kept: int, like: nn.Conv2d, *, bias: bool
     ) -> None:
@@ -203,6 +202,7 @@ class CondensedConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
+        self.index: Tensor
         self.register_buffer("index", torch.zeros(groups * kept, dtype=torch.long, device=weight.device))
         self.conv = nn.Conv2d(
             groups * kept, out_channels, like.kernel_size, like.stride, like.padding, like.dilation,  # type: ignore[arg-type]
@@ -212,9 +212,9 @@ class CondensedConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Choose, convolve, shuffle."""
         grouped: Tensor = self.conv(input.index_select(1, self.index))
-        batch, channels, *sides = grouped.shape
-        shuffled = grouped.reshape(batch, self.groups, channels // self.groups, *sides).transpose(1, 2)
-        return shuffled.reshape(grouped.shape)
+        batch, channels, height, width = grouped.shape
+        shuffled = grouped.reshape(batch, self.groups, channels // self.groups, height, width).transpose(1, 2)
+        return shuffled.reshape(batch, channels, height, width)
 
     def extra_repr(self) -> str:
         """Its settings, for `print(model)`."""
