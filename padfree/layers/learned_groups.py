@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from padfree.errors import PadfreeError
 from padfree.record.copies import HOOK_TABLES, full_copy
 
+CONDENSED = "padfree_condensed"
+"""Plain attribute of a network that `condensed` made: the stage of each of its layers."""
 _FLOOR = 1e-6  # of a sum of squares under the lasso's root, as CondenseNet has it
 
 
@@ -278,6 +280,7 @@ def condensed(model: nn.Module) -> nn.Module:
     duplicate = full_copy(model)
     if isinstance(duplicate, LearnedGroupConv2d):
         return duplicate.condensed()
+    stages = tuple(layer.stage for layer in learned_group_convs(duplicate))
     made: dict[nn.Module, CondensedConv2d] = {}
     for parent in list(duplicate.modules()):
         for name, child in parent._modules.items():
@@ -285,4 +288,22 @@ def condensed(model: nn.Module) -> nn.Module:
                 if child not in made:
                     made[child] = child.condensed()
                 parent._modules[name] = made[child]
+    if stages:
+        duplicate.__dict__[CONDENSED] = stages
     return duplicate
+
+
+def condensed_at(model: nn.Module, stages: tuple[int, ...]) -> nn.Module:
+    """A copy in the condensed form, with each learned group convolution at such a stage: for weights that are loaded.
+
+    Raises:
+        PadfreeError: it has another number of them.
+    """
+    duplicate = full_copy(model)
+    layers = learned_group_convs(duplicate)
+    if len(layers) != len(stages):
+        raise PadfreeError(f"it has {len(layers)} learned group convolutions, and was condensed with {len(stages)}")
+    for layer, stage in zip(layers, stages, strict=True):
+        while layer.stage < min(stage, layer.stages):
+            layer.condense_stage()
+    return condensed(duplicate)
