@@ -303,10 +303,13 @@ def saved_network() -> nn.Module:
 def test_a_replaced_network_is_saved_and_loaded(tmp_path: Any) -> None:
     small = replaced(replaced(seeded(saved_network), "bsconv-s"), "learned-groups").eval()
     condense_stage(small)
-    padfree.save(small, tmp_path / "small.safetensors", f"{__name__}:saved_network")
-    loaded = padfree.load(tmp_path / "small.safetensors", factory=saved_network)
-    assert type(loaded[3]) is BSConvS and loaded[4].stage == 1
-    assert_close(loaded(IMAGES), small(IMAGES))
+    deployed = condensed(small)
+    for model in (small, deployed, padfree.fuse(deployed)):
+        padfree.save(model, tmp_path / "small.safetensors", f"{__name__}:saved_network")
+        loaded = padfree.load(tmp_path / "small.safetensors", factory=saved_network)
+        assert type(loaded[3]) is BSConvS and type(loaded[4]) is type(model[4])
+        assert_close(loaded(IMAGES), model(IMAGES))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
 
 
 def separable_block(expand: int) -> nn.Module:
