@@ -39,7 +39,7 @@ def build(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
         name: of the original, without a tag.
         pretrained: load weights.
         kwargs: what `timm.create_model` passes on; `padfree` among them is a mapping of arguments of `padfree.convert`
-            and fields of `padfree.Options`, `{"rules": ["depthwise"], "merge": "norm"}`, or has a plan: `{"plan": ...}`.
+            and fields of `padfree.Options`, `{"rules": ["depthwise"], "merge": "norm"}`, or a plan, `{"plan": ...}`.
 
     Raises:
         NothingToConvertError: the network has nothing to convert, built like this.
