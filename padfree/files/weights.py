@@ -198,7 +198,8 @@ def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Sour
         if wrong:
             raise FileError(
                 f"{source} does not give this network: {len(wrong)} keys or shapes differ ({some(wrong)}); "
-                "pass source= with the arguments it was built with"
+                "pass source= with the arguments it was built with; a network pruned or changed since is kept whole by "
+                "torch.save(model, path)"
             )
         rebuilt.load_state_dict(dict(tensors))
         if not _same_outputs(model, rebuilt, plan.input_size):
