@@ -5,15 +5,18 @@ record -> match -> group -> try on weightless copies, once for real -> carry out
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 import padfree.rules  # noqa: F401  (registers the rules)
-from padfree.errors import NothingToConvertError, PadfreeError
+from padfree.errors import NothingToConvertError, PadfreeError, UntrainedWarning
+from padfree.layers.new import new_layers, untrained
+from padfree.layers.preserve import shows_training
 from padfree.layers.stem import StemTail
 from padfree.plan.patterns import Patterns
 from padfree.plan.planning import Prepared, Request, nothing_to_convert, prepare, prepare_again
@@ -21,28 +24,45 @@ from padfree.plan.reading import read
 from padfree.record.copies import full_copy
 from padfree.record.inputs import check_model
 from padfree.rewrite.forward import is_rewritten
-from padfree.rewrite.operations import Operation, perform
-from padfree.types import Options, PlanData
+from padfree.rewrite.operations import Operation, perform, preserve
+from padfree.types import INITS, Init, Options, PlanData
 
 
 @dataclass(frozen=True)
 class Plan(PlanData):
     """What `convert` will do, word for word: print it, save it (`to_dict`), apply it to any equal model."""
 
-    def apply(self, model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    def apply(self, model: nn.Module, *, inplace: bool = False, init: Init | None = None) -> nn.Module:
         """Carry the plan, and those before it, out on a copy of `model`, or on `model` itself.
+
+        Args:
+            model: one that the plan fits.
+            inplace: rewrite `model` itself, keeping its Parameter objects; else a copy.
+            init: how new layers begin, as in `convert`; default: as the plan says.
 
         Raises:
             PlanError: the model is not one the plan fits.
         """
         check_model(model)
+        if init is not None:
+            _check_init(init)
+        chosen = None if init is None else _chosen(init, model)
         operations: list[Operation] = []
+        kept: list[Operation] = []
         current = model
         for step in self._steps():
             if operations:
                 current = perform(full_copy(model), operations)
-            operations += prepare_again(current, step).operations
-        return _carry_out(model, operations, self, inplace)
+            found = prepare_again(current, step).operations
+            operations += found
+            kept += found if (chosen or step.init) == "preserve" else ()
+        made = self if chosen is None else replace(self, init=chosen)
+        return _carry_out(model, operations, made, inplace, kept)
+
+    @property
+    def preserves(self) -> bool:
+        """Whether new layers begin at values that preserve what the network computes."""
+        return self.init == "preserve"
 
     def _steps(self) -> Iterator[PlanData]:
         """The plans from the earliest on."""
@@ -72,6 +92,7 @@ def plan(
     options: Options | None = None,
     input_size: tuple[int, ...] | None = None,
     check: bool = True,
+    init: Init = "auto",
 ) -> Plan:
     """What `convert` with the same arguments would do; the model stays untouched.
 
@@ -79,7 +100,8 @@ def plan(
         PadfreeError: a wrong argument, or a model that cannot be looked through.
     """
     request = Request.of(rules, include, exclude, options, input_size, check)
-    return _written(model, request, prepare(model, request))
+    _check_init(init)
+    return _written(model, request, prepare(model, request), _chosen(init, model))
 
 
 def convert(
@@ -92,6 +114,7 @@ def convert(
     input_size: tuple[int, ...] | None = None,
     inplace: bool = False,
     check: bool = True,
+    init: Init = "auto",
 ) -> nn.Module:
     """Rewrite a network into its padding-free form (paper.md, Rewrites).
 
@@ -106,21 +129,33 @@ def convert(
         check: run a converted copy once for real, on one image of that size in eval mode on the model's own device:
             operators of other libraries may fail on maps that their meta kernels accept. Models on the meta
             device are not run.
+        init: how the new layers begin. "fresh": with torch's initial values, as in the paper, for networks that are
+            trained from scratch. "preserve": at values where the network computes what it did before, as far as there
+            are such without data; `padfree.calibrate` then does what takes images. "auto": preserve where the
+            network's norms show that it was trained, else fresh.
 
     Returns:
         the converted network; `model` itself if it was converted before and nothing is left to do.
+
+    Warns:
+        UntrainedWarning: with "auto", a trained network has new layers now that are not trained.
 
     Raises:
         NothingToConvertError: nothing matches, saying what was looked at.
         PadfreeError: the model or an argument is refused, with the reason.
     """
     request = Request.of(rules, include, exclude, options, input_size, check)
+    _check_init(init)
     prepared = prepare(model, request)
     if not prepared.matches:
         if is_converted(model):
             return model
         raise NothingToConvertError(nothing_to_convert(model, request, prepared, by_name=rules is not None))
-    return _carry_out(model, prepared.operations, _written(model, request, prepared), inplace)
+    made = _written(model, request, prepared, _chosen(init, model))
+    converted = _carry_out(model, prepared.operations, made, inplace, prepared.operations if made.preserves else ())
+    if init == "auto" and made.preserves and new_layers(converted):
+        warnings.warn(untrained(converted), UntrainedWarning, stacklevel=2)
+    return converted
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -134,7 +169,19 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, StemTail) or is_rewritten(module) for module in model.modules())
 
 
-def _written(model: nn.Module, request: Request, prepared: Prepared) -> Plan:
+def _check_init(init: Any) -> None:
+    if not isinstance(init, str) or init not in INITS:
+        raise PadfreeError(f"init is {init!r}; it takes one of {', '.join(map(repr, INITS))}")
+
+
+def _chosen(init: Init, model: nn.Module) -> Init:
+    """What "auto" means for a model that was looked through."""
+    if init != "auto":
+        return init
+    return "preserve" if shows_training(model) else "fresh"
+
+
+def _written(model: nn.Module, request: Request, prepared: Prepared, init: Init) -> Plan:
     return Plan(
         model=type(model).__name__,
         input_size=prepared.input_size,
@@ -143,12 +190,17 @@ def _written(model: nn.Module, request: Request, prepared: Prepared) -> Plan:
         skips=prepared.skips,
         earlier=model.__dict__.get("padfree_plan"),
         outputs=prepared.outputs,
+        init=init,
     )
 
 
-def _carry_out(model: nn.Module, operations: Iterable[Operation], made: Plan, inplace: bool) -> nn.Module:
+def _carry_out(
+    model: nn.Module, operations: Iterable[Operation], made: Plan, inplace: bool, preserved: Iterable[Operation]
+) -> nn.Module:
+    """Perform the operations; of those in `preserved` the new layers are given values that preserve the network."""
     with torch.inference_mode(False):
         target = model if inplace else full_copy(model)
         perform(target, operations)
+        preserve(target, preserved)
     target.__dict__["padfree_plan"] = made
     return target

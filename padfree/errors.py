@@ -29,3 +29,7 @@ class SiblingError(PadfreeError):
 
 class Refusal(PadfreeError):
     """Internal: one place cannot be rewritten; becomes a `Skip` with this reason."""
+
+
+class UntrainedWarning(UserWarning):
+    """A trained network was converted, and has new layers that are not trained."""

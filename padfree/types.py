@@ -17,6 +17,8 @@ from padfree.indices import DomainId, OpId
 
 PLAN_FORMAT = 2
 NO_DOMAIN = DomainId(-1)
+Init = Literal["fresh", "preserve", "auto"]
+INITS: tuple[Init, ...] = ("auto", "preserve", "fresh")
 
 
 @dataclass(frozen=True)
@@ -138,11 +140,16 @@ class Match:
 
     def __str__(self) -> str:
         sizes = f"{size_text(self.size)} -> {size_text(self.out_before)} becomes {size_text(self.out_after)}"
-        if isinstance(self.detail, Detail) and self.detail.words:
-            sizes = self.detail.words
+        if words(self):
+            sizes = words(self)
         elif self.rule == "stem":
             sizes = f"hybrid tail on {size_text(self.out_before)}"
         return f"{self.rule:<10} {self.name}: {sizes}"
+
+
+def words(match: Match) -> str:
+    """What is done at a place, where the sizes of maps do not say it."""
+    return match.detail.words if isinstance(match.detail, Detail) else ""
 
 
 @dataclass(frozen=True)
@@ -204,6 +211,8 @@ class PlanData:
         skips: what is left alone, and why.
         earlier: the plan that was applied to the model before (it had been converted in part).
         outputs: the maps that the model returns; empty in plans of earlier versions.
+        init: how the new layers begin: "fresh" (torch's initial values, as in the paper) or "preserve" (values at which
+            the network computes what it did before, as far as there are such without data).
     """
 
     model: str
@@ -213,6 +222,7 @@ class PlanData:
     skips: tuple[Skip, ...]
     earlier: PlanData | None = None
     outputs: tuple[Returned, ...] = ()
+    init: Init = "fresh"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `padfree.Plan.from_dict` reads it back equal."""
@@ -225,11 +235,13 @@ class PlanData:
             "skips": [skip.to_dict() for skip in self.skips],
             "earlier": None if self.earlier is None else self.earlier.to_dict(),
             "outputs": [output.to_dict() for output in self.outputs],
+            "init": self.init,
         }
 
     def __str__(self) -> str:
         size = size_text(self.input_size)
-        lines = [f"plan for {self.model} at {size}: {len(self.matches)} matches, {len(self.skips)} skips"]
+        counts = f"{len(self.matches)} matches, {len(self.skips)} skips, init {self.init}"
+        lines = [f"plan for {self.model} at {size}: {counts}"]
         lines += [f"  {match}" for match in self.matches]
         lines += [f"  {item}" for item in (*self.skips, *self.outputs)]
         return "\n".join(lines)

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Subset
+from torch.utils.data import IterableDataset, Subset
 
+from . import bundled
 from .images import DataError, ReaderImages, open_image
 from .recipe import Recipe
 from .transforms import compose
@@ -47,35 +48,19 @@ def open_dataset(recipe: Recipe, train: bool) -> Any:
     return _SOURCES[recipe.data.dataset](recipe, train, transform)
 
 
-class Digits(Dataset[tuple[Tensor, int]]):
-    """Scikit-learn's bundled handwritten digits: 8x8 grey images of ten classes.
-
-    One fifth, drawn evenly over the classes and the same in every run, is the test set: 1,437 and 360.
-    """
-
-    def __init__(self, train: bool, transform: Transform) -> None:
-        from PIL import Image
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        grey, targets = load_digits(return_X_y=True)
-        split = train_test_split(grey, targets, test_size=0.2, random_state=0, stratify=targets)
-        pixels, classes = (split[0], split[2]) if train else (split[1], split[3])
-        bright = (pixels.reshape(-1, 8, 8) * (255 / 16)).astype("uint8")  # 0 .. 16 -> 0 .. 255
-        self.images = [Image.fromarray(image).convert("RGB") for image in bright]
-        self.targets = [int(target) for target in classes]
-        self.classes = [str(digit) for digit in range(10)]
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), self.targets[index]
-
-
 def _digits(recipe: Recipe, train: bool, transform: Transform) -> Any:
-    return Digits(train, transform)
+    return bundled.digits(train, transform)
+
+
+def _mnist5k(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    return bundled.mnist5k(train, transform)
+
+
+def _photos(recipe: Recipe, train: bool, transform: Transform) -> Any:
+    data = recipe.data
+    number = data.train_samples if train else data.eval_samples
+    side = recipe.model.input_side if data.crop_side is None else data.crop_side
+    return bundled.Photographs(train, transform, side=side, number=number, grey=data.grey)
 
 
 def _cifar(recipe: Recipe, train: bool, transform: Transform) -> Any:
@@ -205,6 +190,8 @@ def _timm(recipe: Recipe, train: bool, transform: Transform) -> Any:
 
 _SOURCES: dict[str, Callable[[Recipe, bool, Transform], Any]] = {
     "digits": _digits,
+    "mnist5k": _mnist5k,
+    "photos": _photos,
     "cifar10": _cifar,
     "cifar100": _cifar,
     "stanford-dogs": _stanford_dogs,

@@ -20,6 +20,7 @@ from . import networks
 from .losses import orthonormal_loss
 from .parc import ParCMobileNetV2
 from .schema import ModelSpec
+from .small import small_network
 
 
 def build_model(spec: ModelSpec) -> nn.Module:
@@ -129,6 +130,10 @@ def _parc_mobilenetv2(spec: ModelSpec) -> nn.Module:
     return ParCMobileNetV2(spec.num_classes, spec.input_side, **spec.arguments)
 
 
+def _small(spec: ModelSpec) -> nn.Module:
+    return small_network(str(spec.name), spec.num_classes, **spec.arguments)
+
+
 _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "bsconv": _bsconv,
     "bsconv-mobilenetv3": _bsconv_mobilenetv3,
@@ -137,6 +142,7 @@ _BUILDERS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "timm-ghostnet": _timm_ghostnet,
     "networks": _networks,
     "parc-mobilenetv2": _parc_mobilenetv2,
+    "small": _small,
 }
 
 

@@ -28,7 +28,9 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_schedule(recipe: Recipe, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-    """The schedule of a recipe, stepped once an epoch."""
+    """The schedule of a recipe, stepped once an epoch; a constant where `start.rate` sets every step's rate."""
+    if recipe.start is not None:
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     spec = recipe.schedule
     if isinstance(spec, StepSpec):
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, list(spec.milestones), spec.gamma)

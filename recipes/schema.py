@@ -16,9 +16,10 @@ from .sections import Arguments, NonNegativeInt, PositiveInt, Section
 from .transforms import TRANSFORMS
 
 Builder = Literal[
-    "bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "networks", "parc-mobilenetv2"
+    "bsconv", "bsconv-mobilenetv3", "torchvision", "timm", "timm-ghostnet", "networks", "parc-mobilenetv2", "small"
 ]
-NAMED_BUILDERS = ("bsconv", "torchvision", "timm", "networks")
+NAMED_BUILDERS = ("bsconv", "torchvision", "timm", "networks", "small")
+BUNDLED = ("digits", "mnist5k", "photos")  # data sets that come inside packages, and need no folder
 
 
 class ModelSpec(Section):
@@ -26,7 +27,7 @@ class ModelSpec(Section):
 
     Attributes:
         builder: who makes it.
-        name: the model's name there (bsconv, torchvision, timm and networks).
+        name: the model's name there (bsconv, torchvision, timm, networks and small).
         arguments: further keyword arguments of the builder.
         strides: modules whose stride is set after building, by path (small inputs).
         num_classes: logits, at least 2.
@@ -76,11 +77,13 @@ class DataSpec(Section):
 
     Attributes:
         dataset: which loader.
-        root: its folder (digits need none).
+        root: its folder (digits, mnist5k and photos need none).
         download: fetch it there first (CIFAR, Stanford Dogs, and those of timm's readers that can).
         reader: for `timm`: the reader and name, such as `hfids/user/name` or `wds/name`.
         train_split, eval_split: split names (folder: sub-folders; timm: splits).
-        train_samples, eval_samples: images per pass of a stream, where its reader cannot tell.
+        train_samples, eval_samples: images per pass of a stream, where its reader cannot tell; crops of photos.
+        crop_side: of photos: pixels of a crop, by default the network's input_side.
+        grey: of photos: without colours, as three equal channels.
         train, eval: transforms in order, each a name of torchvision.transforms.v2 and its arguments.
         check_images: read every image file once before the first epoch, and refuse those that are damaged.
         skip_corrupt: go on without the damaged ones instead.
@@ -88,7 +91,7 @@ class DataSpec(Section):
         workers: loading processes per training process.
     """
 
-    dataset: Literal["digits", "cifar10", "cifar100", "stanford-dogs", "folder", "timm"]
+    dataset: Literal["digits", "mnist5k", "photos", "cifar10", "cifar100", "stanford-dogs", "folder", "timm"]
     root: str | None = None
     download: bool = False
     reader: str | None = None
@@ -96,6 +99,8 @@ class DataSpec(Section):
     eval_split: str = "val"
     train_samples: PositiveInt | None = None
     eval_samples: PositiveInt | None = None
+    crop_side: PositiveInt | None = None
+    grey: bool = False
     train: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
     eval: Annotated[tuple[dict[str, Arguments], ...], Field(min_length=1)]
     check_images: bool = True
@@ -115,10 +120,12 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> DataSpec:
-        if self.dataset != "digits" and self.root is None and self.reader is None:
+        if self.dataset not in BUNDLED and self.root is None and self.reader is None:
             raise ValueError(f"dataset {self.dataset} needs data.root, the folder it lies in")
         if (self.dataset == "timm") != (self.reader is not None):
             raise ValueError("data.reader and dataset: timm go together")
+        if self.dataset != "photos" and (self.crop_side is not None or self.grey):
+            raise ValueError("data.crop_side and data.grey are settings of dataset photos alone")
         if self.skip_corrupt and not self.check_images:
             raise ValueError("data.skip_corrupt needs data.check_images, which finds them")
         return self
@@ -201,6 +208,32 @@ class TrainingSpec(Section):
         return epochs
 
 
+class StartSpec(Section):
+    """Fine-tuning from a trained original (start.py); the learning rate is this section's, step by step.
+
+    Attributes:
+        checkpoint: a run folder of variant original, a checkpoint in one, or a file of weights.
+        init: of the new layers: "preserve" keeps what the network does, "fresh" are torch's initial values.
+        calibrate: fit the converted network to unlabelled training images before it is trained.
+        batches: of 64 images, for that.
+        lr: highest learning rate; by default a tenth of the optimizer's for one epoch, a third of it for more.
+        warmup_steps: optimiser steps until it is reached; from there on half a cosine leads to 0.
+    """
+
+    checkpoint: str
+    init: Literal["preserve", "fresh"] = "preserve"
+    calibrate: bool = False
+    batches: PositiveInt = 20
+    lr: Annotated[float, Field(gt=0)] | None = None
+    warmup_steps: NonNegativeInt = 8
+
+    @model_validator(mode="after")
+    def _calibration_keeps(self) -> StartSpec:
+        if self.calibrate and self.init == "fresh":
+            raise ValueError("start.calibrate goes on from start.init: preserve")
+        return self
+
+
 class RecipeData(Section):
     """What a recipe file says; `padfree.recipes.Recipe` adds what can be made of it.
 
@@ -217,4 +250,5 @@ class RecipeData(Section):
     optimizer: Annotated[SGDSpec | AdamWSpec, Field(discriminator="name")]
     schedule: Annotated[StepSpec | CosineSpec, Field(discriminator="name")]
     training: TrainingSpec
+    start: StartSpec | None = None
     figures: Figures | None = None

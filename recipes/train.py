@@ -30,6 +30,7 @@ from padfree.layers.learned_groups import lasso
 from .checkpoints import (
     Epoch,
     Progress,
+    checkpoints,
     last_whole,
     load_checkpoint,
     read_progress,
@@ -46,6 +47,7 @@ from .progress import ProgressBar
 from .recipe import Recipe
 from .run_folder import open_run
 from .schedules import make_optimizer, make_schedule, recompute
+from .start import rate, started
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 SEEDS = 2**31  # below it, a seed plus a process's number is one for every library
@@ -96,13 +98,20 @@ def train(run: Run) -> Progress:
         raise TrainingError(f"--seed is {run.seed}; give 0 to {SEEDS - 1}")
     recipe = run.recipe
     accelerator = _accelerator(run)
-    network = recipe.build(run.variant, seed=run.seed)
+    network = _network(run, accelerator.device)
     check_images(network, recipe.model)
     check_stages(network, recipe.training, shown=accelerator.is_main_process)
     batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
     with locked(run.path) if accelerator.is_main_process else contextlib.nullcontext():
         _open(run, accelerator, network)
         return _epochs(run, accelerator, network, *batches)
+
+
+def _network(run: Run, device: torch.device) -> nn.Module:
+    """What to train; a run that goes on finds all its weights in its checkpoint."""
+    if run.recipe.start is None or (run.resume and checkpoints(run.path)):
+        return run.recipe.build(run.variant, seed=run.seed)
+    return started(run.recipe, run.variant, run.seed, device, run.quiet)
 
 
 def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, test_batches: Any) -> Progress:
@@ -172,6 +181,8 @@ class Step:
         for index, (images, targets) in enumerate(batches, 1):
             # a stream's loader is not Accelerate's, so its batches are still on the CPU
             images, targets = images.to(self.accelerator.device), targets.to(self.accelerator.device)
+            if self.recipe.start is not None:
+                self.set_rate(index - 1, len(batches))
             loss, logits = self.losses(images, targets)
             self.accelerator.backward(loss)
             if self.recipe.training.clip_norm is not None:
@@ -191,6 +202,12 @@ class Step:
             raise TrainingError(f"epoch {self.number} gave no training images; look at data.train_samples")
         self.check(total, f"by step {index}")
         return scores, time.perf_counter() - start
+
+    def set_rate(self, index: int, steps: int) -> None:
+        """Set the learning rate of a step of this epoch, where fine-tuning has it change from step to step."""
+        value = rate(self.recipe, (self.number - 1) * steps + index, self.recipe.training.epochs * steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
 
     def losses(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to minimise, and the logits (N, classes)."""

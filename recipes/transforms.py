@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ TRANSFORMS = (
     "RandomResizedCrop",
     "RandomRotation",
     "Resize",
+    "Standardize",
     "ToTensor",
     "TrivialAugmentWide",
 )
@@ -52,8 +53,8 @@ class Steps:
 def compose(steps: Sequence[Mapping[str, Mapping[str, Any]]]) -> Steps:
     """A callable that runs the steps in order on a PIL image.
 
-    `ToTensor` makes a float tensor (3, H, W) with values from 0 to 1; the other names are classes of
-    torchvision.transforms.v2.
+    `ToTensor` makes a float tensor (3, H, W) with values from 0 to 1, and `Standardize` gives one a mean of 0 and a
+    standard deviation of 1, over all of its own values; the other names are classes of torchvision.transforms.v2.
 
     Raises:
         PadfreeError: a transform does not take the arguments given; when called, that one fails.
@@ -63,7 +64,7 @@ def compose(steps: Sequence[Mapping[str, Mapping[str, Any]]]) -> Steps:
     made: list[tuple[str, Any]] = []
     for step in steps:
         ((name, arguments),) = step.items()
-        maker = _to_tensor if name == "ToTensor" else getattr(v2, name)
+        maker = _OWN.get(name) or getattr(v2, name)
         try:
             made.append((f"{name} {dict(arguments)}" if arguments else name, maker(**arguments)))
         except (TypeError, ValueError) as error:
@@ -75,6 +76,18 @@ def _to_tensor() -> Any:
     from torchvision.transforms import v2
 
     return v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+
+
+class Standardize:
+    """An image (C, H, W) minus its mean, over its standard deviation; one without contrast becomes zeros."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """The image on its own scale."""
+        centred = image - image.mean()
+        return centred / centred.std(correction=0).clamp_min(1 / 255)  # of a grey level, where there is no contrast
+
+
+_OWN: dict[str, Callable[..., Any]] = {"ToTensor": _to_tensor, "Standardize": Standardize}
 
 
 def _described(image: Any) -> str:

@@ -55,6 +55,7 @@ def conversion(recipe: RecipeData, variant: str) -> dict[str, Any]:
         ensure_registered()
     side = recipe.model.input_side
     return {
+        "init": "fresh",  # the paper's networks are trained from scratch
         "rules": rules,
         "options": padfree.Options(
             merge=options.merge,

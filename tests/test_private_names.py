@@ -22,11 +22,13 @@ ATTRIBUTES = {
     "_buffers": "the same of buffers",
     "_forward_hooks": "whether a module has hooks: there is no public question",
     "_forward_pre_hooks": "the same",
+    "_conv_forward": "torch's Conv2d with another weight, whatever its padding mode",
     "_schema": "whether an operator writes into what it is given (torch 2.14 has no public question)",
     "_cdata": "what tells storages on the meta device apart, all of whose addresses are 0",
     "_assert": "how torch.fx keeps an assertion, as its documentation says",
     "_reset_state": "Accelerate's state, which tests and one process after another need fresh",
     "_SubParsersAction": "argparse's type of a subcommand, for an annotation",
+    "_ArgumentGroup": "argparse's type of a group of flags, for an annotation",
 }
 """Private attributes of objects that are not ours, and why no public name does."""
 

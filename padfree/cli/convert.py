@@ -19,6 +19,12 @@ from torch import nn
 
 import padfree
 from padfree import kernels
+from padfree.adapt.calibrate import calibrate
+from padfree.adapt.report import Calibration
+from padfree.cli import advise
+from padfree.cli.folder import batches, image_files
+from padfree.cli.replacing import HELP as REPLACE_HELP
+from padfree.cli.replacing import replaced
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
@@ -26,8 +32,9 @@ from padfree.files.checkpoint import load_checkpoint
 from padfree.files.sources import Source
 from padfree.files.weights import save
 from padfree.files.writing import all_or_none, check_target, replacing
+from padfree.layers.new import untrained
 from padfree.report.comparison import Comparison, compare
-from padfree.types import Options
+from padfree.types import Options, PlanData
 
 _EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
 
@@ -97,10 +104,15 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
     rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
     rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
+    rewrite.add_argument("--init", default="auto", help="of new layers: auto (default), preserve or fresh")
+    rewrite.add_argument("--calibrate", metavar="FOLDER", help="fit a trained network on a folder's images, unlabelled")
     rewrite.add_argument("--allow-resize", action="store_true", help="also where the output would get smaller sides")
     rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
+    rewrite.add_argument("--replace", nargs="+", action="append", metavar=("KIND", "KEY=VALUE"), help=REPLACE_HELP)
+    rewrite.add_argument("--replace-only", action="store_true", help="replace, and do not convert")
     result = parser.add_argument_group("results")
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
+    advise.add_flag(result)
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
@@ -111,41 +123,77 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> None:
     targets = _check_targets(arguments)
+    if arguments.advise is not None:
+        source = _source(arguments)
+        size = tuple(arguments.input_size) if arguments.input_size else source.input_size
+        return advise.run(lambda: _original(arguments, source), arguments.advise, _options(arguments), size, targets)
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
         source = _source(arguments)
         try:
-            report, made, comparison = _convert(arguments, source, targets)
+            report, made, comparison, told = _convert(arguments, source, targets)
         except SystemExit as error:
             raise PadfreeError(f"the code of {source} ended the program ({error.code})") from error
     with printing():
-        _publish(report, source, made, comparison, targets)
+        _publish(report, source, made, comparison, targets, told)
 
 
 def _convert(
     arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
-) -> tuple[dict[str, Any], Plan, Comparison | None]:
-    """Build, plan, convert, measure and write; the content of `--json`, the plan and the figures."""
-    original = source.create(arguments.pretrained)
-    if arguments.checkpoint is not None:
-        load_checkpoint(original, arguments.checkpoint)
+) -> tuple[dict[str, Any], Plan, Comparison | None, str]:
+    """Build, plan, convert, measure and write; the content of `--json`, the plan, the figures, and what to tell."""
+    files = None if arguments.calibrate is None else image_files(arguments.calibrate)
+    original = _original(arguments, source)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
-    made = _plan(original, arguments, size)
-    comparison = None
+    made = _planned(original, arguments, size)
+    comparison, told, calibration = None, "", None
     with all_or_none():
         if not arguments.plan_only:
             converted = made.apply(original)
             comparison = compare(original, converted, made.input_size)
+            told = untrained(converted) if made.preserves else ""
+            if files is not None:
+                calibration = _calibrated(original, converted, made, files)
+                told = f"{calibration}\nfine-tune it for a few epochs at a tenth to a third of the usual learning rate"
             _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
         report = _report(source, made, comparison, original)
+        report["calibration"] = None if calibration is None else calibration.to_dict()
         if targets.get("json") is not None:
             with replacing(Path(str(targets["json"]))) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return report, made, comparison
+    return report, made, comparison, told
+
+
+def _calibrated(original: nn.Module, converted: nn.Module, made: Plan, files: list[Path]) -> Calibration:
+    """Fit the converted network in place, on the images of these files."""
+    if not made.preserves:
+        raise PadfreeError(
+            "--calibrate fits a trained network, and this one begins fresh; give --pretrained or --checkpoint (or "
+            "--init preserve, if it is trained and has no norms that show it)"
+        )
+    images = batches(original, made.input_size, files)
+    return calibrate(converted, images, original=original)
+
+
+def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
+    """The plan of everything that is asked for; its `earlier` plans are those of replacements."""
+    if arguments.replace_only and not arguments.replace:
+        raise PadfreeError("--replace-only is about --replace, which is not asked for")
+    model = replaced(original, arguments.replace or (), size)
+    made: Plan = model.__dict__["padfree_plan"] if arguments.replace_only else _plan(model, arguments, size)
+    return made
+
+
+def _original(arguments: argparse.Namespace, source: Source) -> nn.Module:
+    original = source.create(arguments.pretrained)
+    if arguments.checkpoint is not None:
+        load_checkpoint(original, arguments.checkpoint)
+    return original
 
 
 def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
     """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
+    advise.check(arguments)
     targets: dict[str, Path | None] = {}
     for name in ("output", "onnx", "exported_program", "json"):
         path = getattr(arguments, name)
@@ -157,6 +205,8 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
         if name != "json" and path == "-":
             raise PadfreeError(f"{flag} -: only the report can go to stdout; give a file name")
         targets[name] = None if path == "-" else check_target(path)
+    if arguments.plan_only and arguments.calibrate is not None:
+        raise PadfreeError("--plan-only converts nothing, so there is nothing to calibrate")
     if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
         raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
@@ -192,21 +242,25 @@ def _timm_channels(name: str, channels: int) -> dict[str, int]:
     return {} if channels == usual else {"in_chans": channels}
 
 
-def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
-    options = Options(
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
         merge=arguments.merge,
         pool=arguments.pool,
         projection=arguments.projection,
         stem_residual=arguments.stem_residual,
         allow_resize=arguments.allow_resize,
     )
+
+
+def _plan(model: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
     settings: dict[str, Any] = {
         "rules": _split(arguments.rules),
         "include": arguments.include,
         "exclude": arguments.exclude,
-        "options": options,
+        "options": _options(arguments),
         "input_size": size,
         "check": not arguments.no_check,
+        "init": arguments.init,
     }
     made = plan(model, **settings)
     if not made.matches and not arguments.plan_only:
@@ -232,11 +286,25 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
         "maps": None,
         "uncounted": {},
         "notes": [],
+        "init": made.init,
+        "new_layers": None,
+        "last_map_size": None,
+        "last_map_macs": None,
     }
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
     content = made.to_dict()
-    return report | {name: content[name] for name in ("options", "matches", "skips", "outputs")}
+    report |= {name: content[name] for name in ("options", "matches", "skips", "outputs")}
+    return report | {"earlier": [plan.to_dict() | {"earlier": None} for plan in _earlier(made)]}
+
+
+def _earlier(made: PlanData) -> list[PlanData]:
+    """The plans that are carried out before one, the first one first."""
+    plans: list[PlanData] = []
+    while made.earlier is not None:
+        made = made.earlier
+        plans.insert(0, made)
+    return plans
 
 
 def _write_models(
@@ -261,13 +329,18 @@ def _publish(
     made: Plan,
     comparison: Comparison | None,
     targets: dict[str, Path | None],
+    told: str,
 ) -> None:
     if "json" in targets and targets["json"] is None:
         print(json.dumps(report, indent=2))
         return
     from padfree.report.display import show
 
+    for first in _earlier(made):
+        show(f"{source}, first", first, None)
     show(str(source), made, comparison)
+    if told:
+        print(told)
     for path in targets.values():
         print(f"wrote {path}")
 

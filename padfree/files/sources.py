@@ -25,6 +25,7 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 
+BY_NAME = "padfree_"  # what `padfree.timm` puts before timm's names for their padding-free forms
 LIBRARIES = ("timm", "torchvision", "bsconv", "factory")
 
 # a weight file may not make its reader download or open anything, or build on another device than the CPU

@@ -22,7 +22,7 @@ from padfree.convert import Plan
 from padfree.errors import FileError, PadfreeError
 from padfree.files.bounds import check_content, check_input, size_limit
 from padfree.files.checkpoint import KEY, load_weights, read_safetensors, some
-from padfree.files.sources import Source, SourceError
+from padfree.files.sources import BY_NAME, Source, SourceError
 from padfree.files.writing import as_path, check_target, replacing
 from padfree.record.copies import bare_copy, kept_random_state
 from padfree.record.inputs import check_input_size, example_inputs
@@ -177,7 +177,7 @@ def _timm_source(model: nn.Module, plan: Plan) -> Source:
         kwargs["num_classes"] = model.num_classes
     if plan.input_size[0] != config.get("input_size", (3,))[0]:
         kwargs["in_chans"] = plan.input_size[0]
-    return Source("timm", str(config["architecture"]), kwargs)
+    return Source("timm", str(config["architecture"]).removeprefix(BY_NAME), kwargs)
 
 
 def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Source, plan: Plan, forms: Forms) -> None:

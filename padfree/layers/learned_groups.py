@@ -100,6 +100,13 @@ class LearnedGroupConv2d(nn.Conv2d):
             raise PadfreeError(f"the groups of a learned group convolution read {counts} inputs; its mask is damaged")
         return int(counts[0])
 
+    @property
+    def masked(self) -> int:
+        """How many of its weights are masked."""
+        if self.mask.is_meta:
+            return 0
+        return (self.in_channels - self.kept) * self.weight[:, 0].numel()
+
     def masked_weight(self) -> Tensor:
         """The weight that the forward uses, (C_out, C_in, k, k)."""
         rows = self.mask.repeat(self.out_channels // self.learned_groups, 1)  # row n is that of group n mod G

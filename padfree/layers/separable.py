@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from padfree.errors import PadfreeError
+
 ROUNDS = 20  # of the alternation for BSConv-S; it is flat after about 10
 
 
@@ -52,7 +54,7 @@ def nearest_u(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     For each output channel the first singular triple of its (M, k l) matrix (Eckart-Young).
     """
-    left, size, right = _first_triples(weight.detach().double().flatten(2))
+    left, size, right = _first_triples(_matrices(weight))
     return balanced(left * size[:, None], right)
 
 
@@ -62,7 +64,7 @@ def nearest_s(weight: Tensor, mid_channels: int, rounds: int = ROUNDS) -> tuple[
     Alternates between the nearest a and B for a basis, and the nearest basis for those; the error never rises. V has
     orthonormal rows. A local optimum.
     """
-    matrices = weight.detach().double().flatten(2)
+    matrices = _matrices(weight)
     left, size, _ = _first_triples(matrices)
     basis = _leading(left * size[:, None], mid_channels)
     for _ in range(rounds):
@@ -70,6 +72,17 @@ def nearest_s(weight: Tensor, mid_channels: int, rounds: int = ROUNDS) -> tuple[
         basis = _leading(torch.einsum("nmk,nk->nm", matrices, right), mid_channels)
     left, size, right = _first_triples(basis @ matrices)
     return basis, *balanced(left * size[:, None], right)
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """(N, M, K) in float64.
+
+    Raises:
+        PadfreeError: some values are not finite.
+    """
+    if not bool(weight.isfinite().all()):
+        raise PadfreeError(f"a weight of {tuple(weight.shape)} has values that are not finite; no pair is near it")
+    return weight.detach().double().flatten(2)
 
 
 def _first_triples(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

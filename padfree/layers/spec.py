@@ -16,6 +16,7 @@ from torch import nn
 
 from padfree.layers.learned_groups import LearnedGroupConv2d
 from padfree.layers.like import LastChannelNorm, act_like, norm_like
+from padfree.layers.preserve import make_delta, make_identity, make_selection, make_zero
 from padfree.layers.separable import BSConvS, BSConvU, nearest_s, nearest_u
 from padfree.layers.shortcut import DepthwiseReduction, PoolProjection
 from padfree.layers.stem import StemTail
@@ -66,6 +67,14 @@ class Spec(abc.ABC):
     def _layer(self, model: nn.Module) -> nn.Module:
         """The layer, wherever torch puts it."""
 
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:  # noqa: B027  (a rule's own may have no such values)
+        """Give the layer values at which the network computes what it did before, as far as there are such.
+
+        Args:
+            layer: what `build` made, in its place.
+            model: the network that it is part of.
+        """
+
     def _like_reference(
         self, model: nn.Module, make: Callable[[nn.Module], nn.Module], own: Collection[nn.Module] = ()
     ) -> nn.Module:
@@ -98,6 +107,12 @@ class PoolProjectionSpec(Spec):
     def _layer(self, model: nn.Module) -> nn.Module:
         return PoolProjection(self.in_channels, self.out_channels, self.kernel, self.padding)
 
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:
+        """A shortcut that begins with zero: exact."""
+        assert isinstance(layer, PoolProjection)
+        with torch.no_grad():
+            layer.conv.weight.zero_()
+
 
 @dataclass(frozen=True)
 class DepthwiseReductionSpec(Spec):
@@ -111,6 +126,12 @@ class DepthwiseReductionSpec(Spec):
         norm = None if self.norm is None else norm_like(model.get_submodule(self.norm), self.channels, with_act=False)
         return DepthwiseReduction(self.channels, norm)
 
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:
+        """The pixel at the centre of each window, which is what the strided 1x1 of before lies nearest to."""
+        assert isinstance(layer, DepthwiseReduction)
+        make_delta(layer.conv)
+        make_identity(layer.norm)
+
 
 @dataclass(frozen=True)
 class DenseReductionSpec(Spec):
@@ -123,6 +144,15 @@ class DenseReductionSpec(Spec):
     def _layer(self, model: nn.Module) -> nn.Module:
         return nn.Conv2d(self.in_channels, self.out_channels, 3, stride=2, bias=False)
 
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:
+        """The centre tap takes over the weights of the 1x1, which goes on as a shortcut that begins with zero."""
+        assert isinstance(layer, nn.Conv2d)
+        weight = model.get_submodule(self.reference)._parameters.get("weight")
+        if weight is not None and weight.shape == (*layer.weight.shape[:2], 1, 1):
+            make_delta(layer, weight)
+            with torch.no_grad():
+                weight.zero_()
+
 
 @dataclass(frozen=True)
 class NormSpec(Spec):
@@ -134,6 +164,10 @@ class NormSpec(Spec):
 
     def _layer(self, model: nn.Module) -> nn.Module:
         return norm_like(model.get_submodule(self.norm), self.channels, with_act=False)
+
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:
+        """An identity, where it has running statistics."""
+        make_identity(layer)
 
 
 @dataclass(frozen=True)
@@ -175,6 +209,24 @@ class StemTailSpec(Spec):
             residual=self.residual,
             preact=self.preact,
         )
+
+    def preserve(self, layer: nn.Module, model: nn.Module) -> None:
+        """An identity, or with a residual a branch that begins with zero.
+
+        With `residual`: exact for all activations with act(0) = 0. Else exact where act(act(x)) = act(x) (ReLU, ReLU6),
+        and the norms have running statistics; not in the pre-activation form.
+        """
+        assert isinstance(layer, StemTail)
+        make_delta(layer.conv_dw)
+        make_identity(layer.norm1)
+        make_identity(layer.norm2)
+        if self.residual and self.absorbs and self.stride == 1:  # y + (pool(y) - y); the pool is part of the network
+            make_selection(layer.conv_pw, (-1.0, 1.0))
+        elif self.residual:
+            if self.preact or not make_zero(layer.norm2):
+                make_selection(layer.conv_pw, ())
+        else:
+            make_selection(layer.conv_pw, (0.0, 1.0) if self.absorbs else (1.0, 0.0))
 
     def _norm(self, model: nn.Module, channels: int) -> nn.Module | None:
         if self.norm is None:

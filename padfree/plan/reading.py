@@ -12,7 +12,7 @@ from typing import Any
 from padfree.errors import PadfreeError, PlanError
 from padfree.plan import format1
 from padfree.rules.base import registered
-from padfree.types import PLAN_FORMAT, Detail, Match, Options, Returned, Skip
+from padfree.types import PLAN_FORMAT, Detail, Init, Match, Options, Returned, Skip
 
 _MOST = 10_000  # matches and skips of a plan and those before it: many times those of the largest networks
 _MOST_PLANS = 100  # one after another; a network is converted in part a few times at most
@@ -39,6 +39,7 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
             "matches": tuple(_match(item, old) for item in data["matches"]),
             "skips": tuple(_built(Skip, item, "skip", partly=old) for item in data["skips"]),
             "outputs": tuple(_built(Returned, item, "output", partly=False) for item in data.get("outputs", ())),
+            "init": _init(data.get("init", "fresh")),  # all that earlier versions knew
         }
     except PadfreeError:
         raise
@@ -46,6 +47,12 @@ def read(data: Mapping[str, Any]) -> dict[str, Any]:
         raise PlanError(f"not a plan of padfree: {type(error).__name__}: {error}") from error
     check_matches(fields["matches"])
     return fields
+
+
+def _init(value: Any) -> Init:
+    if value not in ("fresh", "preserve"):
+        raise PlanError(f"init of the plan is {value!r}; it is 'fresh' or 'preserve'")
+    return "preserve" if value == "preserve" else "fresh"
 
 
 def check_matches(matches: Sequence[Match]) -> None:

@@ -8,8 +8,8 @@ reconstruction of channel pruning, ICCV 2017, sequentially.) Forward passes only
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def as_batches(batches: Any, model: nn.Module) -> list[Tensor]:
 def fit_outputs(
     original: nn.Module,
     replaced: nn.Module,
-    names: Sequence[str],
+    order: Mapping[str, int],
     batches: Sequence[Tensor],
     progress: Callable[[Fitted], None] | None = None,
 ) -> tuple[Fitted, ...]:
@@ -74,7 +74,7 @@ def fit_outputs(
     Args:
         original: the network before; its convolutions stand at the same paths.
         replaced: the network after. Its hooks do not run.
-        names: paths of the pairs.
+        order: paths of the pairs and how often each is called, as `called` gives them.
         batches: images, as `as_batches` gives them.
         progress: told after each pair.
 
@@ -83,7 +83,6 @@ def fit_outputs(
     """
     before = bare_copy(original, [*original.parameters(), *original.buffers()])
     now = bare_copy(replaced, [*replaced.parameters(), *replaced.buffers()])  # their tensors are the same
-    order = _called(before, names, batches[0])
     done: list[Fitted] = []
     for name, calls in order.items():
         conv, pair = before.get_submodule(name), now.get_submodule(name)
@@ -104,7 +103,11 @@ class _Reached(BaseException):
 
 @dataclass(frozen=True)
 class _Maps:
-    """What a convolution reads and writes, called `calls` times in a forward."""
+    """What a convolution reads and writes, called `calls` times in a forward.
+
+    From the second call on what it reads depends on its own values, which are about to change; there the original's
+    maps count.
+    """
 
     before: nn.Module
     now: nn.Module
@@ -113,20 +116,16 @@ class _Maps:
 
     def read(self, images: Tensor) -> list[Tensor]:
         """By the pair, in the network as it is now."""
-        with _hooked(self.now, self.name, self.calls) as seen, suppress(_Reached):
-            self.now(images)
-        return [inputs for inputs, _ in seen]
+        (first, _), *_ = _seen(self.now, self.name, 1, images)
+        return [first, *(inputs for inputs, _ in _seen(self.before, self.name, self.calls, images)[1:])]
 
     def written(self, images: Tensor) -> list[Tensor]:
         """By the convolution, in the original."""
-        with _hooked(self.before, self.name, self.calls) as seen, suppress(_Reached):
-            self.before(images)
-        return [outputs for _, outputs in seen]
+        return [outputs for _, outputs in _seen(self.before, self.name, self.calls, images)]
 
 
-@contextmanager
-def _hooked(model: nn.Module, name: str, calls: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collects what a module reads and writes; after so many calls the forward ends."""
+def _seen(model: nn.Module, name: str, calls: int, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What a module reads and writes in its first calls of a forward, which ends there."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -136,13 +135,20 @@ def _hooked(model: nn.Module, name: str, calls: int) -> Iterator[list[tuple[Tens
 
     handle = model.get_submodule(name).register_forward_hook(hook)
     try:
-        yield seen
+        with suppress(_Reached):
+            model(images)
     finally:
         handle.remove()
+    return seen
 
 
-def _called(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, int]:
-    """How often each module is called, in the order of the first calls."""
+@torch.no_grad()
+def called(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, int]:
+    """How often modules at these paths are called for an image, in the order of the first calls.
+
+    Raises:
+        PadfreeError: the network does not take such images.
+    """
     counts: dict[str, int] = {}
     handles = []
     for name in names:
@@ -163,6 +169,7 @@ def _called(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str,
     return counts
 
 
+@torch.no_grad()
 def _moments(conv: nn.Conv2d, maps: _Maps, batches: Sequence[Tensor]) -> Moments:
     """Of what the pair reads, unfolded, and what the original convolution writes."""
     unfold, (m, n, k) = _unfolding(conv), (conv.in_channels, conv.out_channels, conv.kernel_size)

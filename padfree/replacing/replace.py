@@ -25,7 +25,7 @@ from padfree.layers.separable import BSConvS, BSConvU
 from padfree.plan.patterns import Patterns
 from padfree.plan.planning import Prepared, Request, prepare
 from padfree.record.copies import bare_copy, full_copy
-from padfree.replacing.fit import Fitted, as_batches, fit_outputs
+from padfree.replacing.fit import Fitted, as_batches, called, fit_outputs
 from padfree.replacing.norms import reestimate_norms
 from padfree.rewrite.operations import perform
 from padfree.rules.base import Rule, registered
@@ -132,17 +132,20 @@ def replace(
         if include is None and any(isinstance(module, _LAYERS[kind]) for module in model.modules()):
             return model
         raise NothingToConvertError(_nothing(model, kind, prepared))
-    images = None if batches is None else as_batches(batches, model)
-    before = model if images is None else bare_copy(model, [*model.parameters(), *model.buffers()])
+    before, images, order = model, [], {}
+    if batches is not None:
+        images = as_batches(batches, model)
+        before = bare_copy(model, [*model.parameters(), *model.buffers()])
+        order = called(before, [match.name for match in prepared.matches], images[0])
     made = _plan(model, request, prepared)
     with torch.inference_mode(False):
         target = model if inplace else full_copy(model)
         perform(target, prepared.operations)
     target.__dict__["padfree_plan"] = made
-    if images is not None:
-        fit_outputs(before, target, [match.name for match in prepared.matches], images, progress)
-        if norms:
-            reestimate_norms(target, images)
+    if images:
+        fit_outputs(before, target, order, images, progress)
+    if images and norms:
+        reestimate_norms(target, images)
     return target
 
 

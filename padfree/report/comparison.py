@@ -8,6 +8,7 @@ All of it is measured on copies: both models keep their mode, buffers, hooks and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
+from padfree.layers.new import new_layers
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
-from padfree.report.macs import count_macs
+from padfree.report.last_map import size_with_last_map
+from padfree.report.macs import count_macs, count_params
 from padfree.report.smallest import minimum_input
 from padfree.types import Returned
 from padfree.verify.resizing import returned
@@ -67,6 +70,11 @@ class Comparison:
             of 7 and 8 below that. None: not found.
         uncounted: operations that `macs` leaves out, with their number in each network.
         notes: what could not be measured, and why.
+        init: how the new layers began, of the last conversion: "fresh" or "preserve"; None: unknown.
+        new_layers: number of convolutions and norms that the conversion added; None: unknown.
+        last_map_size: (C, H, W) of the image on which the converted network has the original's last map: there it
+            keeps most of what a conversion costs a trained network. None: not found, or no map shrinks.
+        last_map_macs: its multiply-adds on that image.
     """
 
     model: str
@@ -78,6 +86,10 @@ class Comparison:
     uncounted: dict[str, Pair]
     notes: tuple[str, ...] = ()
     outputs: tuple[Returned, ...] = ()
+    init: str | None = None
+    new_layers: int | None = None
+    last_map_size: Size | None = None
+    last_map_macs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
@@ -88,6 +100,7 @@ class Comparison:
             "after": [list(stage.after) for stage in self.maps],
         }
         data["notes"] = list(self.notes)
+        data["last_map_size"] = None if self.last_map_size is None else list(self.last_map_size)
         data["outputs"] = [output.to_dict() for output in self.outputs]
         return data
 
@@ -105,9 +118,20 @@ class Comparison:
             ("maps after", " ".join(_size(stage.after) for stage in self.maps) or "-"),
             *((f"output {output.name}".strip(), output.sizes(" -> ")) for output in self.outputs),
             ("smallest input", _side(self.minimum_input)),
+            *self._advice(),
             ("not in the MACs", ", ".join(listed) or "-"),
         ]
         return rows + [("note", note) for note in self.notes]
+
+    def _advice(self) -> list[tuple[str, str]]:
+        rows: list[tuple[str, str]] = []
+        if self.new_layers:
+            begin = "" if self.init is None else f", init {self.init}"
+            rows.append(("new layers", f"{self.new_layers}{begin}"))
+        if self.last_map_size is not None:
+            cost = f", {_short(self.last_map_macs)} MACs"
+            rows.append(("last map back", f"on {size_text(self.last_map_size)}{cost}"))
+        return rows
 
     def __str__(self) -> str:
         width = max(len(label) for label, _ in self.rows())
@@ -132,25 +156,44 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
     recordings = record(original, size), record(converted, size)
     counts = count_macs(original, size), count_macs(converted, size)
     names = list(dict.fromkeys([*counts[0].uncounted, *counts[1].uncounted]))
+    stages = tuple(_stages(*recordings))
+    larger = _larger(recordings[1], stages)
+    made = converted.__dict__.get("padfree_plan")
     return Comparison(
         model=type(original).__name__,
         input_size=size,
-        params=Pair(*(sum(p.numel() for p in model.parameters()) for model in (original, converted))),
+        params=Pair(*(count_params(model) for model in (original, converted))),
         macs=Pair(counts[0].macs, counts[1].macs),
-        maps=stage_maps(*recordings),
+        maps=tuple(dict.fromkeys(stage for _, stage in stages)),
         minimum_input=minimum_input(*recordings),
         uncounted={name: Pair(counts[0].uncounted[name], counts[1].uncounted[name]) for name in names},
         notes=tuple(dict.fromkeys(count.note for count in counts if count.note)),
         outputs=returned(*recordings) if recordings[0].names == recordings[1].names else (),
+        init=getattr(made, "init", None),
+        new_layers=len(new_layers(converted)),
+        last_map_size=larger,
+        last_map_macs=None if larger is None else count_macs(converted, larger).macs,
     )
 
 
-def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...]:
-    """Distinct (before, after) sizes written by the original's strided operations, in order.
+def _larger(converted: Recording, stages: tuple[tuple[str, StageMap], ...]) -> Size | None:
+    """The image size at which the converted network has the original's last map, where its own is smaller."""
+    path, last = min(stages, key=lambda stage: stage[1].before, default=("", None))
+    if last is None or last.after == last.before:
+        return None
+    return size_with_last_map(converted, path, last.before)
 
-    A strided operation is known by the module that calls it, which the converted network has too.
+
+def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...]:
+    """Distinct (before, after) sizes written by the original's strided operations, in order."""
+    return tuple(dict.fromkeys(stage for _, stage in _stages(original, converted)))
+
+
+def _stages(original: Recording, converted: Recording) -> Iterator[tuple[str, StageMap]]:
+    """What the original's strided operations write, before and after, and the path of the module that calls each.
+
+    The converted network has that module too.
     """
-    found: dict[StageMap, None] = {}
     for op in original.ops:
         if op.kind not in _STRIDED or not op.inputs or not op.outputs:
             continue
@@ -160,8 +203,7 @@ def stage_maps(original: Recording, converted: Recording) -> tuple[StageMap, ...
         path = original.calls[op.call].path if op.call >= 0 else ""
         before, after = _written(original, path), _written(converted, path)
         if before is not None and after is not None and before == written[-2:]:
-            found[StageMap(before, after)] = None
-    return tuple(found)
+            yield path, StageMap(before, after)
 
 
 def _shrinks(read: Size, written: Size) -> bool:

@@ -9,7 +9,7 @@ from collections import Counter
 
 from padfree.geometry import size_text
 from padfree.report.comparison import Comparison
-from padfree.types import PlanData
+from padfree.types import PlanData, words
 
 _NARROW = 60  # columns; below, tables would cut names to pieces
 
@@ -50,13 +50,21 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
     console = Console(width=width, color_system=None if os.environ.get("NO_COLOR") else "auto")
     console.print(Text(summary(title, plan), style="bold"))
     sizes = (Column(name, no_wrap=True) for name in ("reads", "wrote", "writes"))
-    names = Column("module", overflow="fold")
-    places = Table(Column("rule", no_wrap=True), names, *sizes, box=None, pad_edge=False)
+    places = Table(Column("rule", no_wrap=True), Column("module", overflow="fold"), *sizes, box=None, pad_edge=False)
     for match in plan.matches:
         maps = (size_text(size) for size in (match.size, match.out_before, match.out_after))
-        places.add_row(match.rule, Text(match.name), *maps)
-    if plan.matches:
+        if not words(match):
+            places.add_row(match.rule, Text(match.name), *maps)
+    if places.row_count:
         console.print(places)
+    replaced = Table(
+        Column("rule", no_wrap=True), Column("module", overflow="fold"), "replaced", box=None, pad_edge=False
+    )
+    for match in plan.matches:
+        if words(match):
+            replaced.add_row(match.rule, Text(match.name), Text(words(match)))
+    if replaced.row_count:
+        console.print(replaced)
     if plan.skips:
         skipped = Table(Column("left alone", overflow="fold"), "reason", box=None, pad_edge=False)
         for skip in plan.skips:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from padfree.layers.learned_groups import condensed, learned_group_convs
 from padfree.record.copies import bare_copy
 from padfree.record.inputs import example_inputs
 from padfree.record.trees import first_line
@@ -39,7 +40,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
 
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
-            duplicate = _on_cpu(bare_copy(model))
+            duplicate = _on_cpu(_as_kept(bare_copy(model)))
             example = next(example_inputs(duplicate, input_size, meta=False))
             analysis = FlopCountAnalysis(duplicate, example).tracer_warnings("none")
             analysis.set_op_handle("padfree::chain", _chain_macs)
@@ -59,6 +60,17 @@ def _chain_macs(inputs: list[Any], outputs: list[Any]) -> int:
     batch, _, *sides = get_shape(outputs[0])
     weights = (get_shape(inputs[at]) for at in (_WEIGHT, _POINT_WEIGHT))
     return int(batch * math.prod(sides) * sum(math.prod(shape) for shape in weights if shape))
+
+
+def _as_kept(model: nn.Module) -> nn.Module:
+    """With standard group convolutions for learned ones, whose masked weights would count otherwise."""
+    return condensed(model) if any(layer.masked for layer in learned_group_convs(model)) else model
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a network, without the weights that learned group convolutions have masked."""
+    masked = (layer.masked for layer in learned_group_convs(model))
+    return sum(p.numel() for p in model.parameters()) - sum(masked)
 
 
 def _on_cpu(model: nn.Module) -> nn.Module:

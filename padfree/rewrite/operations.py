@@ -125,6 +125,15 @@ def perform(model: nn.Module, operations: Iterable[Operation]) -> nn.Module:
     return model
 
 
+def preserve(model: nn.Module, operations: Iterable[Operation]) -> None:
+    """Give new layers, once they are in place, values at which the network computes what it did (`Spec.preserve`)."""
+    for operation in operations:
+        if isinstance(operation, (AddChild, ReplaceEnd)):
+            name = f".{operation.name}" if isinstance(operation, AddChild) else ""
+            path = f"{operation.path}{name}".removeprefix(".")
+            operation.spec.preserve(model.get_submodule(path), model)
+
+
 Undo = list[Callable[[], None]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections import OrderedDict
 
@@ -49,7 +50,7 @@ def test_rounds_of_s_never_make_it_worse() -> None:
         for rounds in range(6)
         for basis, mixed, taps in [nearest_s(given, 4, rounds)]
     ]
-    assert all(after <= before + 1e-9 for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after <= before + 1e-9 for before, after in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
     points, taps = nearest_u(given)  # with a basis of all inputs it is BSConv-U
     basis, mixed, same = nearest_s(given, 8)
@@ -87,4 +88,9 @@ def test_its_gradient_is_small_near_the_minimum() -> None:
     loss = padfree.orthonormal_loss(pair, 1.0)
     loss.backward()
     assert float(pair.pw1.weight.grad.norm()) < 0.2  # of the norm itself it is 2
-    assert 0 <= float(loss) < 1e-5
+    assert 0 <= loss.item() < 1e-5
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(padfree.PadfreeError, match="has values that are not finite"):
+        nearest_u(torch.full((2, 2, 3, 3), torch.nan))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from padfree.recipes import Recipe, RecipeError, load, names
 from padfree.recipes.files import dump, find, write_text
+from padfree.recipes.small import FAMILIES
 from torch import nn
 
 from padfree import PadfreeError
@@ -20,12 +21,13 @@ DOCUMENTS = {
     f"{row['table']}/{row['model']}"
     for row in json.loads((Path(__file__).parents[1] / "data" / "document_rows.json").read_text())
 }
+SMALL = {f"{table}/{family}" for table in ("photos", "mnist5k") for family in FAMILIES}
 
 
-def test_there_is_a_recipe_for_every_row_and_for_the_digits() -> None:
+def test_there_is_a_recipe_for_every_row_and_for_the_bundled_data() -> None:
     wanted = {f"{row['table']}/{row['model']}" for row in ROWS}
     assert len(ROWS) == 54 and len(wanted) == 25
-    assert set(names()) == wanted | set(DIGITS) | set(OTHERS) | DOCUMENTS
+    assert set(names()) == wanted | set(DIGITS) | SMALL | set(OTHERS) | DOCUMENTS
 
 
 def test_recipes_hold_the_published_and_reference_figures_of_every_row() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import padfree
 from padfree.deploy.onnx import to_onnx
 from padfree.errors import PadfreeError
+from padfree.layers.learned_groups import LearnedGroupConv2d, condense_stage, condensed
 from padfree.record.recording import record
 from padfree.report.comparison import Comparison, Pair, StageMap, compare
 from padfree.report.macs import count_macs
@@ -217,3 +218,15 @@ def test_what_is_no_network_is_refused(other: object) -> None:
             compare(*pair)  # type: ignore[arg-type]
     with pytest.raises(PadfreeError, match=f"is_converted takes a torch.nn.Module, not {kind}"):
         padfree.is_converted(other)  # type: ignore[arg-type]
+
+
+def test_masked_weights_of_learned_groups_do_not_count():
+    model = nn.Sequential(LearnedGroupConv2d(8, 8, bias=True), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    before = padfree.compare(model, model, (8, 6, 6))
+    assert (before.params.converted, before.macs.converted) == (64 + 8 + 36, (64 + 32) * 36)
+    for kept in (48, 32, 16, 16):
+        condense_stage(model)
+        assert model[0].masked == 64 - kept
+        figures = padfree.compare(model, condensed(model), (8, 6, 6))
+        assert figures.params.original == figures.params.converted == kept + 8 + 36
+        assert figures.macs.original == figures.macs.converted == (kept + 32) * 36

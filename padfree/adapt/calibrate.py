@@ -1,0 +1,277 @@
+"""`calibrate`: from a trained network's weights to those of its padding-free form, by looking at unlabelled images.
+
+    converted = padfree.convert(model)
+    print(padfree.calibrate(converted, batches, original=model))
+
+Input to output, each step on the network as the steps before it left it:
+
+    identity     norms of new layers take the statistics of what they read            statistics
+    tail         a hybrid stem's tail becomes an identity, where its activation is none   tail
+    merge        a strided convolution takes over what it can of a pool added to it   merge
+    rescale      a ReLU's map is scaled down, so that its pool counts for less        rescale
+    absorb       the 1x1 convolution behind a sum takes back what the pool adds       absorb
+    imitate      the layers of the last map imitate the original's                    imitate
+    recalibrate  all batch norms' statistics anew                                     statistics
+    classifier   the last linear layer is solved for the original's outputs           classifier
+
+All but the tail's fit are forward passes and closed forms. What makes the network worse on a held-back fifth of the
+images is undone.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from padfree.adapt.absorb import absorb_by_point
+from padfree.adapt.classifier import solve_classifier
+from padfree.adapt.images import checked, divided
+from padfree.adapt.imitate import imitate
+from padfree.adapt.merge import absorb_by_conv
+from padfree.adapt.places import Places
+from padfree.adapt.report import Calibration, CalibrationStep
+from padfree.adapt.rescale import rescale
+from padfree.adapt.statistics import calibrate_identities, recalibrate
+from padfree.adapt.tail import fit_tails
+from padfree.adapt.work import Outcome, Work, outputs
+from padfree.convert import is_converted
+from padfree.deploy.frozen import is_fused
+from padfree.errors import PadfreeError
+from padfree.record.copies import bare_copy, kept_generators
+from padfree.record.inputs import check_model
+from padfree.record.recording import record
+from padfree.record.trees import first_line
+from padfree.types import PlanData
+
+Step = Callable[[Work], Outcome]
+
+STEPS: dict[str, Step] = {
+    "identity": calibrate_identities,
+    "tail": fit_tails,
+    "merge": absorb_by_conv,
+    "rescale": rescale,
+    "absorb": absorb_by_point,
+    "imitate": imitate,
+    "recalibrate": recalibrate,
+    "classifier": solve_classifier,
+}
+_FROM_ORIGINAL = ("imitate", "classifier")  # what takes the original network
+_ONCE = ("tail", "merge", "rescale", "absorb")  # what takes the network as the conversion left it
+# Judged by the outputs, where they are known. While later places still carry a pool that nothing took back, the outputs
+# say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
+_BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
+_MARK = "padfree_calibrated"
+_WORSE = 1e-4  # of an error, by which it must grow to be one
+
+
+def calibrate(
+    converted: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    original: nn.Module | None = None,
+    steps: Iterable[str] | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Fit a converted trained network to what it computed before, in place, by forward passes over images.
+
+    No labels and no training (but of a stem's tail alone). Parameters stay the same objects; modes, gradients, hooks
+    and random generators are as before.
+
+    Args:
+        converted: a trained network that `padfree.convert` made of `original` with `init="preserve"` (its default for
+            trained networks), not fused.
+        batches: a list of tensors (N, C, H, W), or a loader that yields them: images as the network takes them,
+            without labels, some hundred (20 batches of 64 are enough). They are kept in memory meanwhile.
+        original: the network before conversion; with it the last map and the classifier are fitted too, and every step
+            is judged by the outputs.
+        steps: names of the steps to do, of those listed above; default: all.
+        progress: tell on a terminal what is being done.
+
+    Returns:
+        what was done, with each step's relative errors before and after on the held-back images.
+
+    Raises:
+        PadfreeError: an argument is wrong; the network is as before.
+    """
+    chosen = _steps(steps, original)
+    _check(converted, original)
+    started = time.perf_counter()
+    with torch.inference_mode(False), torch.no_grad(), kept_generators():
+        images = checked(batches, converted)
+        train, held = divided(images)
+        work = _work(converted, original, train, held)
+        marked: tuple[str, ...] = converted.__dict__.get(_MARK, ())
+        with _restoring(work.model):
+            first = error = work.error()
+            done: list[CalibrationStep] = []
+            for index, name in enumerate(chosen):
+                _tell(progress, f"calibrate {index + 1}/{len(chosen)}: {name}")
+                done.append(_undone(name) if name in marked else _step(work, name, error))
+                error = done[-1].after if work.expected and done[-1].kept and name not in marked else error
+            _tell(progress, "")
+    kept = (step.name for step in done if step.kept and step.places and step.name in _ONCE)
+    converted.__dict__[_MARK] = tuple(dict.fromkeys((*marked, *kept)))
+    counts = sum(map(len, train)), sum(map(len, held))
+    seconds = time.perf_counter() - started
+    return Calibration(type(converted).__name__, *counts, first, error, tuple(done), seconds, _notes(work, original))
+
+
+def _steps(steps: Iterable[str] | None, original: nn.Module | None) -> tuple[str, ...]:
+    if steps is None:
+        return tuple(name for name in STEPS if original is not None or name not in _FROM_ORIGINAL)
+    wanted = (steps,) if isinstance(steps, str) else tuple(steps)
+    unknown = [name for name in wanted if name not in STEPS]
+    if unknown:
+        raise PadfreeError(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    for name in wanted:
+        if name in _FROM_ORIGINAL and original is None:
+            raise PadfreeError(f"step {name!r} takes the network before conversion: pass original=")
+    return tuple(name for name in STEPS if name in wanted)
+
+
+def _check(converted: nn.Module, original: nn.Module | None) -> None:
+    for what, model in (("calibrate", converted), ("original", original)):
+        if model is None and what == "original":
+            continue
+        if not isinstance(model, nn.Module):
+            raise PadfreeError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
+        if is_fused(model):
+            raise PadfreeError(
+                f"this {type(model).__name__} is fused, and its weights are frozen; calibrate the converted network, "
+                "and fuse it then"
+            )
+        check_model(model)
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            raise PadfreeError(f"this {type(model).__name__} is on the meta device and has no weights")
+    if not is_converted(converted):
+        raise PadfreeError(
+            f"this {type(converted).__name__} is not converted; calibrate what padfree.convert returned: "
+            "padfree.calibrate(padfree.convert(model), batches, original=model)"
+        )
+    if original is not None and is_converted(original):
+        raise PadfreeError(
+            "original is a converted network; pass the one before conversion (padfree.convert returns a copy, unless "
+            "inplace=True)"
+        )
+
+
+def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor], held: list[Tensor]) -> Work:
+    size = tuple(train[0].shape[1:])
+    try:
+        recording = record(converted, size)
+    except PadfreeError as error:
+        raise PadfreeError(f"the batches do not fit: {error}") from error
+    work = Work(_shared(converted), None if original is None else _shared(original), train, held, Places(recording))
+    work.absorbs = _absorbs(converted.__dict__.get("padfree_plan"))
+    try:
+        found = [outputs(work.model, images) for images in work.held]
+    except Exception as error:  # the model's own code
+        raise PadfreeError(f"the batches do not fit: {type(error).__name__}: {first_line(error)}") from error
+    if not all(bool(tensor.isfinite().all()) for batch in found for tensor in batch):
+        raise PadfreeError(f"the outputs of {type(converted).__name__} on these images are not finite")
+    if work.original is not None:
+        work.expected = _expected(work.original, work.held, found)
+    return work
+
+
+def _shared(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without hooks, whose tensors are the model's own."""
+    return bare_copy(model, [*model.parameters(), *model.buffers()])
+
+
+def _expected(original: nn.Module, held: list[Tensor], found: list[list[Tensor]]) -> list[list[Tensor]]:
+    try:
+        expected = [outputs(original, images) for images in held]
+    except Exception as error:  # the model's own code
+        raise PadfreeError(
+            f"original does not run on the batches: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    mine, theirs = ([tuple(tensor.shape[1:]) for tensor in batches[0]] for batches in (found, expected))
+    if [len(shape) for shape in mine] != [len(shape) for shape in theirs] or any(
+        a[:1] != b[:1] for a, b in zip(mine, theirs, strict=True)
+    ):
+        raise PadfreeError(f"original returns {theirs}, and the converted network {mine}: it is another network")
+    if not all(bool(tensor.isfinite().all()) for batch in expected for tensor in batch):
+        raise PadfreeError("the outputs of original on these images are not finite")
+    return expected if mine == theirs else []
+
+
+def _absorbs(plan: PlanData | None) -> bool:
+    """Whether the stem's tail took a max-pool in, as the plans say that made it."""
+    while plan is not None:
+        if any(getattr(match.detail, "absorbs", False) for match in plan.matches):
+            return True
+        plan = plan.earlier
+    return False
+
+
+def _step(work: Work, name: str, before: float) -> CalibrationStep:
+    """Do one step, and undo it where it makes the network worse."""
+    started = time.perf_counter()
+    kept = _values(work.model)
+    outcome = STEPS[name](work)
+    after = work.error() if outcome.places else before
+    by_outputs = bool(work.expected) and name in _BY_OUTPUTS
+    worse = _is_worse(before, after) if by_outputs else _is_worse(outcome.before, outcome.after)
+    if worse:
+        _restore(work.model, kept)
+    errors = (before, after) if work.expected else (outcome.before, outcome.after)
+    seconds = time.perf_counter() - started
+    return CalibrationStep(
+        name, outcome.places, not worse, *errors, outcome.before, outcome.after, seconds, outcome.notes
+    )
+
+
+def _undone(name: str) -> CalibrationStep:
+    nothing = (math.nan,) * 4
+    return CalibrationStep(name, 0, True, *nothing, 0.0, ("done before; convert anew to do it again",))
+
+
+def _is_worse(before: float, after: float) -> bool:
+    """Whether an error grew, or is none any more; without errors nothing is worse."""
+    if math.isnan(before):
+        return False
+    return not after <= before * (1 + _WORSE) + 1e-9
+
+
+def _notes(work: Work, original: nn.Module | None) -> tuple[str, ...]:
+    if original is None:
+        return ("without original= the last map and the classifier are not fitted, and steps are judged one by one",)
+    if not work.expected:
+        return ("the outputs are maps of other sizes than the original's: steps are judged one by one",)
+    return ()
+
+
+# -- state ------------------------------------------------------------------------------------------
+
+
+def _values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return [(tensor, tensor.clone()) for tensor in tensors.values()]
+
+
+def _restore(model: nn.Module, values: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in values:
+        tensor.copy_(value)
+
+
+@contextmanager
+def _restoring(model: nn.Module) -> Iterator[None]:
+    """Give the network its values back where the block fails."""
+    values = _values(model)
+    try:
+        yield
+    except BaseException:
+        _restore(model, values)
+        raise
+
+
+def _tell(progress: bool, text: str) -> None:
+    if progress and sys.stderr is not None and sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,72 @@
+"""The classifier solved for the original's outputs, of the features that the converted network has now."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from padfree.adapt.solve import Moments
+from padfree.adapt.tape import Tape
+from padfree.adapt.work import Outcome, Stream, Work, outputs
+
+RIDGE = 0.1
+_PRODUCTS = {"addmm": 1, "mm": 0, "convolution": 0}  # and which argument is the features
+_VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "alias", "detach", "clone", "flatten", "mean")
+
+
+def solve_classifier(work: Work) -> Outcome:
+    """Let the last linear layer give the original's outputs, as nearly as ridge regression can."""
+    assert work.original is not None
+    stream = work.stream()
+    step = last_product(stream.tape(0))
+    layer = None if step is None else work.modules.get(stream.tape(0).steps[step].path)
+    weight = None if layer is None else layer._parameters.get("weight")
+    if step is None or layer is None or weight is None or stream.tape(0).steps[step].path in work.tied:
+        return Outcome(notes=("no single linear layer makes the outputs: the classifier stays as it is",))
+    matrix = weight.detach().reshape(weight.shape[0], -1)
+    bias = layer._parameters.get("bias")
+    learnt, held = Moments(), Moments()
+    for batch, images in enumerate([*work.train, *work.held]):
+        (target,) = (
+            outputs(work.original, images) if batch < work.first_held else work.expected[batch - work.first_held]
+        )
+        rows = _features(stream, step, batch, matrix.shape[1])
+        target = target.reshape(-1, matrix.shape[0]).double()
+        if len(rows) != len(target):
+            return Outcome(notes=("the outputs are no rows of one linear layer: the classifier stays as it is",))
+        if bias is not None:
+            target = target - bias.double()
+        (learnt if batch < work.first_held else held).add(rows[None], target[None])
+    solved = learnt.ridge(matrix[None], RIDGE, centred=bias is not None)
+    constant = learnt.constant(solved) if bias is not None else None
+    before, after = held.error(matrix[None]), held.error(solved, constant)
+    if after < before:
+        weight.copy_(solved.reshape(weight.shape))
+        if constant is not None and bias is not None:
+            bias.add_(constant[0].to(bias))
+    return Outcome.of([(before, min(before, after))])
+
+
+def last_product(tape: Tape) -> int | None:
+    """The step of the linear layer that makes a network's one output; None where there is none."""
+    if len(tape.exits) != 1:
+        return None
+    slot = tape.exits[0]
+    for index in range(len(tape.steps) - 1, -1, -1):
+        step = tape.steps[index]
+        if slot not in step.writes:
+            continue
+        if step.kind in _PRODUCTS:
+            return index
+        if step.kind not in _VIEWS or not step.reads:
+            return None
+        slot = step.reads[0]
+    return None
+
+
+def _features(stream: Stream, step: int, batch: int, width: int) -> Tensor:
+    tape = stream.tape(batch)
+    env = stream.fork(batch, step, step)
+    x = env[tape.source(step, _PRODUCTS[tape.steps[step].kind])]
+    if x.dim() == 4:
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(-1, width).double()

@@ -1,0 +1,60 @@
+"""`padfree-convert --advise`: which form of a network pays, instead of converting it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from padfree.advise.advice import advise
+from padfree.cli.terminal import printing
+from padfree.errors import PadfreeError
+from padfree.files.writing import replacing
+from padfree.types import Options
+
+Size = tuple[int, ...] | None
+Targets = Mapping[str, Path | None]
+
+
+def add_flag(group: argparse._ArgumentGroup) -> None:
+    """`--advise [RUNTIME]`."""
+    text = "measure which form pays in RUNTIME (fused, the default; eager; onnxruntime), and stop"
+    group.add_argument("--advise", nargs="?", const="fused", metavar="RUNTIME", help=text)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what asks for a conversion beside advice.
+
+    Raises:
+        PadfreeError: there is such a flag.
+    """
+    for name in ("plan_only", "output", "onnx", "exported_program", "rules", "include", "exclude"):
+        if arguments.advise is not None and getattr(arguments, name):
+            flag = "--" + name.replace("_", "-")
+            raise PadfreeError(f"--advise compares the forms of a network and converts nothing: leave out {flag}")
+
+
+def run(build: Callable[[], nn.Module], runtime: str, options: Options, size: Size, targets: Targets) -> None:
+    """Build a network, measure its forms, and print the advice or write it as JSON.
+
+    Raises:
+        PadfreeError: see `padfree.advise`; or a result cannot be written.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        warnings.simplefilter("ignore")
+        found = advise(build(), runtime=runtime, input_size=size, options=options)
+    text = json.dumps(found.to_dict(), indent=2)
+    path = targets.get("json")
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    with printing():
+        print(text if "json" in targets and path is None else found)
+        if path is not None:
+            print(f"wrote {path}")

@@ -1,0 +1,77 @@
+"""Images of a folder as a network takes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from padfree.errors import PadfreeError
+from padfree.record.trees import first_line
+
+IMAGES, BATCH = 1280, 64
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+
+
+def image_files(folder: str | os.PathLike[str], most: int = IMAGES) -> list[Path]:
+    """At most so many images of a folder and those below it, evenly chosen from their sorted names.
+
+    Raises:
+        PadfreeError: there is no such folder, or it has no images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise PadfreeError(f"--calibrate {folder}: there is no such folder")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if len(found) < 2:
+        raise PadfreeError(
+            f"--calibrate {folder}: it has {len(found)} images ({', '.join(sorted(_SUFFIXES))}, in folders below it "
+            "too); some hundred are needed"
+        )
+    count = min(most, len(found))
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+def batches(model: nn.Module, size: tuple[int, ...], files: list[Path]) -> list[Tensor]:
+    """The images in batches, resized, cropped and normalised as the model's configuration says.
+
+    Networks without one of timm's get ImageNet's mean and standard deviation. Images that lie side by side, of one
+    class perhaps, go to different batches.
+
+    Args:
+        model: the network; its `pretrained_cfg` is looked at.
+        size: (C, H, W) of one image; C is 1 or 3.
+        files: of the images.
+
+    Raises:
+        PadfreeError: a file is no image that can be read, or the network takes other than grey or colour images.
+    """
+    from PIL import Image
+
+    if size[0] not in (1, 3) or len(size) != 3:
+        raise PadfreeError(f"--calibrate reads grey and colour images, and the network takes {size[0]} channels")
+    transform = _transform(model, size)
+    images: list[Tensor] = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                images.append(transform(image.convert("L" if size[0] == 1 else "RGB")))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise PadfreeError(f"{file} is no image that can be read: {first_line(error)}") from error
+    count = -(-len(images) // BATCH)
+    return [torch.stack(images[start::count]) for start in range(count)]
+
+
+def _transform(model: nn.Module, size: tuple[int, ...]) -> Any:
+    import timm
+
+    data: Any = timm.data
+    known = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    config = data.resolve_data_config({"input_size": size}, pretrained_cfg=known if isinstance(known, dict) else {})
+    for name in ("mean", "std"):
+        if size[0] == 1 and len(config[name]) > 1:
+            config[name] = (sum(config[name]) / len(config[name]),)
+    return data.create_transform(**config, is_training=False)
