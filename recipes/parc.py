@@ -77,7 +77,8 @@ class ParC(nn.Module):
         """Convolve; the map is wrapped around by appending all of its lines but the last."""
         if self.position is not None:
             x = x + self.position
-        head = x.narrow(self.dim, 0, self.side - 1)
+        lines = slice(self.side - 1)  # a slice, since converters to mobile runtimes know no `narrow`
+        head = x[:, :, lines] if self.axis == "h" else x[:, :, :, lines]
         out: Tensor = self.conv(torch.cat([x, head], self.dim))  # 2 * side - 1 lines -> side lines
         return out
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from padfree.adapt.merge import conv_step, pool_step, without_pool
 from padfree.adapt.places import Place
 from padfree.adapt.solve import Moments, by_group, every_few, grouped
-from padfree.adapt.work import Norm, Outcome, Stream, Work, named
+from padfree.adapt.work import Norm, Outcome, Stream, Work, named, swapped
 
 RIDGE = 0.01
 
@@ -26,6 +26,8 @@ def absorb_by_point(work: Work) -> Outcome:
             left[place.conv] = f"nothing takes back what its pool adds: {place.missing}"
         elif conv is None:
             left[place.point] = "it cannot take back what the pool adds: its weight is computed, or another layer's too"
+        elif place.merge != "activation" and "merge" in work.done:
+            left[place.point] = "what it gave before the strided convolution took over a part of the pool is not known"
         else:
             errors.append(_absorb(work, stream, place, conv))
     return Outcome.of(errors, list(named(left)))
@@ -34,10 +36,11 @@ def absorb_by_point(work: Work) -> Outcome:
 def _absorb(work: Work, stream: Stream, place: Place, conv: nn.Conv2d) -> tuple[float, float]:
     norm = work.norm(place.point_norm)
     learnt, held = Moments(), Moments()
-    with_pool, without = _inputs(stream, place, 0)
+    unmerged = work.unmerged.get(place.conv, [])
+    with_pool, without = _inputs(stream, place, 0, unmerged)
     for batch in work.enough(conv.in_channels, with_pool.shape[0] * with_pool.shape[2] * with_pool.shape[3]):
-        _take(learnt, conv, *(_inputs(stream, place, batch) if batch else (with_pool, without)))
-    _take(held, conv, *_inputs(stream, place, work.first_held))
+        _take(learnt, conv, *(_inputs(stream, place, batch, unmerged) if batch else (with_pool, without)))
+    _take(held, conv, *_inputs(stream, place, work.first_held, unmerged))
     return solve(work, conv, norm, learnt, held, RIDGE)
 
 
@@ -60,15 +63,16 @@ def solve(
     return before, after
 
 
-def _inputs(stream: Stream, place: Place, batch: int) -> tuple[Tensor, Tensor]:
-    """What the 1x1 convolution reads, with the pool and without it."""
+def _inputs(stream: Stream, place: Place, batch: int, unmerged: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What the 1x1 convolution reads, with the pool, and without it and what the strided conv took over of it."""
     tape = stream.tape(batch)
     pool, point = pool_step(tape, place), conv_step(tape, place.point)
     start = min(pool, conv_step(tape, place.conv))
     env = stream.fork(batch, start, point)
     other = tape.fork(env, start, point)
     tape.run(env, start, point)
-    tape.run(other, start, point, {pool: without_pool(tape.steps[pool].func)})
+    with swapped(unmerged):
+        tape.run(other, start, point, {pool: without_pool(tape.steps[pool].func)})
     slot = tape.source(point)
     return env[slot], other[slot]
 

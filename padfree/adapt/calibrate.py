@@ -7,8 +7,8 @@ Input to output, each step on the network as the steps before it left it:
 
     identity     norms of new layers take the statistics of what they read            statistics
     tail         a hybrid stem's tail becomes an identity, where its activation is none   tail
-    merge        a strided convolution takes over what it can of a pool added to it   merge
     rescale      a ReLU's map is scaled down, so that its pool counts for less        rescale
+    merge        a strided convolution takes over what it can of a pool added to it   merge
     absorb       the 1x1 convolution behind a sum takes back what the pool adds       absorb
     imitate      the layers of the last map imitate the original's                    imitate
     recalibrate  all batch norms' statistics anew                                     statistics
@@ -54,15 +54,15 @@ Step = Callable[[Work], Outcome]
 STEPS: dict[str, Step] = {
     "identity": calibrate_identities,
     "tail": fit_tails,
-    "merge": absorb_by_conv,
     "rescale": rescale,
+    "merge": absorb_by_conv,
     "absorb": absorb_by_point,
     "imitate": imitate,
     "recalibrate": recalibrate,
     "classifier": solve_classifier,
 }
 _FROM_ORIGINAL = ("imitate", "classifier")  # what takes the original network
-_ONCE = ("tail", "merge", "rescale", "absorb")  # what takes the network as the conversion left it
+_ONCE = ("tail", "rescale", "merge", "absorb")  # what takes the network as the conversion left it
 # Judged by the outputs, where they are known. While later places still carry a pool that nothing took back, the outputs
 # say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
 _BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
@@ -107,6 +107,7 @@ def calibrate(
         train, held = divided(images)
         work = _work(converted, original, train, held)
         marked: tuple[str, ...] = converted.__dict__.get(_MARK, ())
+        work.done = marked
         with _restoring(work.model):
             first = error = work.error()
             done: list[CalibrationStep] = []

@@ -77,6 +77,8 @@ def _absorb(work: Work, stream: Stream, place: Place, conv: nn.Conv2d, norm: Nor
     before, after = held.error(nothing, held.constant(nothing)), held.error(share, constant)
     if not after < before:
         return before, before
+    changed = (conv.weight, norm.mean, norm.variance, norm.weight, norm.bias)
+    work.unmerged[place.conv] = [(tensor, tensor.clone()) for tensor in changed if tensor is not None]
     scale = torch.ones_like(norm.deviation)
     if place.merge == "norm":
         assert norm.weight is not None

@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
-
-from padfree.analysis.chain import Chain
 from padfree.analysis.convolution import Conv
 from padfree.analysis.flow import Flow
-from padfree.analysis.kinds import AFFINE, MAX_POOLS, NORMS, VIEWS, data_input, plain_kind
+from padfree.analysis.kinds import MAX_POOLS, VIEWS, data_input, plain_kind
 from padfree.analysis.sites import Sites
 from padfree.indices import ValueId
 from padfree.layers.preserve import running_norm
-from padfree.layers.shortcut import PoolProjection
-from padfree.layers.stem import StemTail
 from padfree.record.recorder import Op
 from padfree.record.recording import Recording
 from padfree.rewrite.forward import is_rewritten
@@ -114,22 +109,23 @@ class Places:
                 alone=len(site.convs) == 1 and not site.points and not site.paired and site.largest.is_module,
                 merge=at.get(other, "activation"),
                 repeat=flow.values[added].shape[1] // flow.values[op.outputs[0]].shape[1],
-                norm=self._norm(chain, total if other == chain.conv else None),
+                norm=self._norm(total if other == chain.conv else chain.conv),
                 point="" if point is None else point.path,
-                point_norm="" if point is None else self._norm(flow.chain(point.out)),
+                point_norm="" if point is None else self._norm(point.out),
                 feeds=self._feeds(source, other),
                 missing=missing,
             )
         return None
 
-    def _norm(self, chain: Chain, total: ValueId | None = None) -> str:
-        """Path of the norm of a chain (or of what reads `total`), if it has running statistics and runs once."""
-        op = self.flow.sole_consumer(chain.conv if total is None else total)
-        if op is None or op.kind not in NORMS:
-            return ""
-        path = self.recording.calls[op.call].path if op.call >= 0 else ""
-        runs = len(self.recording.calls_of.get(path, ()))
-        return path if runs == 1 and running_norm(self.recording.modules[path]) is not None else ""
+    def _norm(self, value: ValueId) -> str:
+        """Path of the norm that alone reads a value, if it has running statistics and runs once."""
+        op = self.flow.sole_consumer(value)
+        return "" if op is None or op.call < 0 else self._running(self.recording.calls[op.call].path)
+
+    def _running(self, path: str) -> str:
+        """The path, if a norm with running statistics lies there that runs once, else ""."""
+        module, runs = self.recording.modules[path], len(self.recording.calls_of.get(path, ()))
+        return path if runs == 1 and running_norm(module) is module else ""
 
     def _point(self, total: ValueId) -> tuple[Conv | None, str]:
         """The 1x1 convolution that alone reads a sum, behind whatever does not leave its map; or why there is none."""
@@ -160,7 +156,7 @@ class Places:
         if op is None or not _is_relu(op) or source in self.recording.outputs:
             return ""
         norm = flow.producer(op.inputs[0])
-        if norm is None or norm.kind not in NORMS or len(flow.consumers(norm.outputs[0])) != 1:
+        if norm is None or norm.call < 0 or len(flow.consumers(op.inputs[0])) != 1:
             return ""
         readers = [flow.ops[index] for index in flow.consumers(source)]
         convs = [reader for reader in readers if reader.index in self.sites.convs]
@@ -169,27 +165,15 @@ class Places:
             return ""
         if not flow.reaches(other, convs[0].outputs[0])[0]:
             return ""
-        path = self.recording.calls[norm.call].path
-        once = len(self.recording.calls_of.get(path, ())) == 1
-        return path if once and running_norm(self.recording.modules[path]) is not None else ""
-
-    # -- layers ---------------------------------------------------------------------------------
+        return self._running(self.recording.calls[norm.call].path)
 
     def layers(self) -> dict[str, Layer]:
         """The convolutions that run once, as modules, outside new layers, with their norms."""
         found: dict[str, Layer] = {}
         for conv in self.sites.convs.values():
             if conv.is_module and len(self.recording.calls_of[conv.path]) == 1 and self.flow.is_map(conv.out):
-                found[conv.path] = Layer(conv.path, self._norm(self.flow.chain(conv.out)))
+                found[conv.path] = Layer(conv.path, self._norm(conv.out))
         return found
-
-    def tails(self) -> dict[str, StemTail]:
-        """The hybrid tails by path."""
-        return {path: module for path, module in self.recording.modules.items() if isinstance(module, StemTail)}
-
-    def projections(self) -> dict[str, PoolProjection]:
-        """The pools with a 1x1 convolution of their own."""
-        return {path: module for path, module in self.recording.modules.items() if isinstance(module, PoolProjection)}
 
     def size_of(self, path: str) -> tuple[int, int]:
         """(H, W) of what a convolution writes."""
@@ -205,12 +189,3 @@ def _is_relu(op: Op) -> bool:
     if kind == "hardtanh":
         return bool(given) and given[0] == 0
     return kind == "relu" or (kind in ("clamp_min", "clamp") and bool(given) and given[0] == 0)
-
-
-def norms_without_statistics(model: nn.Module) -> list[str]:
-    """Paths of the modules that normalise, and keep no running statistics (GroupNorm, LayerNorm)."""
-    names = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
-    return [path for path, module in model.named_modules() if isinstance(module, names)]
-
-
-__all__ = ["AFFINE", "Layer", "Place", "Places", "norms_without_statistics"]

@@ -18,9 +18,9 @@ from padfree.adapt.work import Norm, Outcome, Work, inputs_of, named
 from padfree.layers.preserve import running_norm
 from padfree.layers.stem import StemTail
 
-STEPS, RATE = 200, 0.02
+STEPS, RATE = 600, 0.02
 _BATCHES = 5
-_PIXELS = 1 << 14  # of a batch
+_PIXELS = 1 << 12  # of a batch
 _EXACT = 1e-5
 
 

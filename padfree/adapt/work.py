@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,8 @@ class Work:
         places: what the converted network's recording says.
         absorbs: whether the stem's tail took a max-pool in.
         expected: the original's outputs for the held-back images.
+        done: names of the steps that an earlier calibration did.
+        unmerged: by strided convolution, tensors and the values that they had before they took over a part of the pool.
     """
 
     model: nn.Module
@@ -103,6 +106,8 @@ class Work:
     places: Places
     absorbs: bool = False
     expected: list[list[Tensor]] = field(default_factory=list, repr=False)
+    done: tuple[str, ...] = ()
+    unmerged: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
@@ -237,6 +242,19 @@ def _needed(module: nn.Module, name: str) -> Tensor:
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The floating-point tensors that a network returns."""
     return [tensor for tensor in tensors((model(images.clone()),)) if tensor.is_floating_point()]
+
+
+@contextmanager
+def swapped(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Tensors that hold other values for a while."""
+    now = [tensor.clone() for tensor, _ in values]
+    for tensor, value in values:
+        tensor.copy_(value)
+    try:
+        yield
+    finally:
+        for (tensor, _), value in zip(values, now, strict=True):
+            tensor.copy_(value)
 
 
 class _Stop(Exception):

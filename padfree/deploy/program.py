@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,19 @@ def to_exported_program(
 
 
 def exported(
-    model: nn.Module, input_size: tuple[int, ...] | None, dynamic_sides: bool
+    model: nn.Module,
+    input_size: tuple[int, ...] | None,
+    dynamic_sides: bool,
+    lower: Callable[[nn.Module, tuple[int, ...]], nn.Module] | None = None,
 ) -> tuple[torch.export.ExportedProgram, tuple[int, ...]]:
-    """The model as a program with free batch (and sides), and the size it was traced at."""
+    """The model as a program with free batch (and sides), and the size it was traced at.
+
+    Args:
+        model: a network in eval mode.
+        input_size: (C, H, W); None for its default.
+        dynamic_sides: leave height and width free.
+        lower: gives another network that computes the same at (C, H, W), to be traced in its place.
+    """
     if not isinstance(model, nn.Module):
         raise PadfreeError(f"export takes a torch.nn.Module, not {type(model).__name__}")
     training = next((name or type(model).__name__ for name, m in model.named_modules() if m.training), None)
@@ -91,7 +101,8 @@ def exported(
     shapes = {axis: torch.export.Dim.DYNAMIC for axis in free}
     try:
         with quietly(), _small_maps(), torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=(shapes,), strict=False)
+            traced = model if lower is None else lower(model, size)
+            program = torch.export.export(traced, (example,), dynamic_shapes=(shapes,), strict=False)
     except Exception as error:
         raise PadfreeError(_export_failure(model, error, size, dynamic_sides)) from error
     if any(node.target in DECOMPOSITIONS for node in program.graph.nodes):  # files are read where padfree is not

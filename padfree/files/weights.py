@@ -24,16 +24,20 @@ from padfree.files.bounds import check_content, check_input, size_limit
 from padfree.files.checkpoint import KEY, load_weights, read_safetensors, some
 from padfree.files.sources import BY_NAME, Source, SourceError
 from padfree.files.writing import as_path, check_target, replacing
+from padfree.layers.learned_groups import CONDENSED, condensed_at
 from padfree.record.copies import bare_copy, kept_random_state
-from padfree.record.inputs import check_input_size, example_inputs
+from padfree.record.inputs import example_inputs
 from padfree.record.trees import collect, first_line
 
 FILE_FORMAT = 1
 Forms = dict[str, tuple[int, ...]]
 Rebuild = Callable[[nn.Module, tuple[int, ...]], nn.Module]
-FORMS: dict[str, tuple[Callable[[nn.Module], tuple[int, ...] | None], Rebuild]] = {}
-"""Further forms of converted networks, by the name that files have for them: what tells the size (C, H, W) that a
-network was given the form at (None: it has not got it), and what gives it to a converted network in eval mode."""
+FORMS: dict[str, tuple[Callable[[nn.Module], tuple[int, ...] | None], Rebuild]] = {
+    "condensed": (lambda model: model.__dict__.get(CONDENSED), condensed_at)
+}
+"""Further forms of converted networks, by the name that files have for them, in the order in which they are given: what
+tells the numbers that a network was given the form with (the size (C, H, W) at which it was fused, the stages of its
+learned groups; None: it has not got it), and what gives it to a converted network in eval mode."""
 _LARGER = 64  # pixels a side; on a map of a single point, pooling by mean and by maximum are the same
 _TOLERANCE = 1e-4  # of the largest output; equal networks on equal inputs differ by rounding at most
 
@@ -140,8 +144,9 @@ def _rebuild(build: Callable[[], nn.Module], plan: Plan, forms: Forms) -> nn.Mod
         if not isinstance(original, nn.Module):
             raise SourceError(f"factory made a {type(original).__name__}, not an nn.Module")
         model = plan.apply(original, inplace=True)
-        for name, size in forms.items():
-            model = FORMS[name][1](model.eval(), size)
+        for name, (_, rebuild) in FORMS.items():
+            if name in forms:
+                model = rebuild(model.eval(), forms[name])
         return model
     except PadfreeError:
         raise
@@ -193,7 +198,8 @@ def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Sour
         if wrong:
             raise FileError(
                 f"{source} does not give this network: {len(wrong)} keys or shapes differ ({some(wrong)}); "
-                "pass source= with the arguments it was built with"
+                "pass source= with the arguments it was built with; a network pruned or changed since is kept whole by "
+                "torch.save(model, path)"
             )
         rebuilt.load_state_dict(dict(tensors))
         if not _same_outputs(model, rebuilt, plan.input_size):
@@ -244,6 +250,12 @@ def _close(expected: list[Tensor], found: list[Tensor] | None) -> bool:
     return True
 
 
+def _numbers(values: Any) -> tuple[int, ...]:
+    if type(values) is not list or any(type(value) is not int or value < 0 for value in values):
+        raise TypeError(f"a form has {values!r}")
+    return tuple(values)
+
+
 def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan, Forms]:
     if KEY not in metadata:
         raise FileError(f"{path} was not written by padfree.save: it holds weights without a plan")
@@ -256,7 +268,7 @@ def _content(path: Path, metadata: Mapping[str, str]) -> tuple[Source, Plan, For
         plan = Plan.from_dict(content["plan"])
         if not isinstance(plan, Plan):
             raise TypeError(f"a {type(plan).__name__}")
-        forms = {name: check_input_size(size) for name, size in content.get("forms", {}).items()}
+        forms = {name: _numbers(values) for name, values in content.get("forms", {}).items()}
         if unknown := sorted(forms.keys() - FORMS.keys()):
             raise FileError(f"{path} holds a network in the form {unknown[0]!r}; this padfree knows {sorted(FORMS)}")
         check_input(plan)

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from padfree.errors import PadfreeError
 from padfree.record.copies import HOOK_TABLES, full_copy
 
+CONDENSED = "padfree_condensed"
+"""Plain attribute of a network that `condensed` made: the stage of each of its layers."""
 _FLOOR = 1e-6  # of a sum of squares under the lasso's root, as CondenseNet has it
 
 
@@ -50,7 +52,7 @@ class LearnedGroupConv2d(nn.Conv2d):
         PadfreeError: the channels cannot be divided so.
     """
 
-    mask: Tensor
+    __jit_unused_properties__ = ("kept", "masked", "stage", "stages")
 
     def __init__(
         self,
@@ -76,6 +78,7 @@ class LearnedGroupConv2d(nn.Conv2d):
         )
         self.learned_groups = groups
         self.condense_factor = condense_factor
+        self.mask: Tensor  # said here, since TorchScript reads no class's annotation of a buffer
         self.register_buffer("mask", torch.ones(groups, in_channels, dtype=torch.bool, device=device))
 
     @property
@@ -193,8 +196,6 @@ class CondensedConv2d(nn.Module):
         bias: whether outputs have one.
     """
 
-    index: Tensor
-
     def __init__(
         self, in_channels: int, out_channels: int, groups: int, kept: int, like: nn.Conv2d, *, bias: bool
     ) -> None:
@@ -203,6 +204,7 @@ class CondensedConv2d(nn.Module):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.groups = groups
+        self.index: Tensor
         self.register_buffer("index", torch.zeros(groups * kept, dtype=torch.long, device=weight.device))
         self.conv = nn.Conv2d(
             groups * kept, out_channels, like.kernel_size, like.stride, like.padding, like.dilation,  # type: ignore[arg-type]
@@ -212,9 +214,9 @@ class CondensedConv2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Choose, convolve, shuffle."""
         grouped: Tensor = self.conv(input.index_select(1, self.index))
-        batch, channels, *sides = grouped.shape
-        shuffled = grouped.reshape(batch, self.groups, channels // self.groups, *sides).transpose(1, 2)
-        return shuffled.reshape(grouped.shape)
+        batch, channels, height, width = grouped.shape
+        shuffled = grouped.reshape(batch, self.groups, channels // self.groups, height, width).transpose(1, 2)
+        return shuffled.reshape(batch, channels, height, width)
 
     def extra_repr(self) -> str:
         """Its settings, for `print(model)`."""
@@ -278,6 +280,7 @@ def condensed(model: nn.Module) -> nn.Module:
     duplicate = full_copy(model)
     if isinstance(duplicate, LearnedGroupConv2d):
         return duplicate.condensed()
+    stages = tuple(layer.stage for layer in learned_group_convs(duplicate))
     made: dict[nn.Module, CondensedConv2d] = {}
     for parent in list(duplicate.modules()):
         for name, child in parent._modules.items():
@@ -285,4 +288,22 @@ def condensed(model: nn.Module) -> nn.Module:
                 if child not in made:
                     made[child] = child.condensed()
                 parent._modules[name] = made[child]
+    if stages:
+        duplicate.__dict__[CONDENSED] = stages
     return duplicate
+
+
+def condensed_at(model: nn.Module, stages: tuple[int, ...]) -> nn.Module:
+    """A copy in the condensed form, with each learned group convolution at such a stage: for weights that are loaded.
+
+    Raises:
+        PadfreeError: it has another number of them.
+    """
+    duplicate = full_copy(model)
+    layers = learned_group_convs(duplicate)
+    if len(layers) != len(stages):
+        raise PadfreeError(f"it has {len(layers)} learned group convolutions, and was condensed with {len(stages)}")
+    for layer, stage in zip(layers, stages, strict=True):
+        while layer.stage < min(stage, layer.stages):
+            layer.condense_stage()
+    return condensed(duplicate)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from padfree.errors import PadfreeError
 
-ROUNDS = 20  # of the alternation for BSConv-S; it is flat after about 10
+ROUNDS = 12  # of the alternation for BSConv-S; it is flat after about 10
 
 
 class BSConvU(nn.Sequential):

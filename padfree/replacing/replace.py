@@ -144,8 +144,8 @@ def replace(
     target.__dict__["padfree_plan"] = made
     if images:
         fit_outputs(before, target, order, images, progress)
-    if images and norms:
-        reestimate_norms(target, images)
+    if images and norms:  # through a copy of the same tensors without hooks
+        reestimate_norms(bare_copy(target, [*target.parameters(), *target.buffers()]), images)
     return target
 
 

@@ -8,9 +8,10 @@ Importing this registers `padfree_<name>` with timm for every network of timm's 
 before it is asked for. `python -m padfree.timm train.py --model padfree_...` runs a script with the names known.
 """
 
+from padfree.timm.building import named
 from padfree.timm.names import convertible
 from padfree.timm.padfree_networks import register
 
-__all__ = ["convertible", "register"]
+__all__ = ["convertible", "named", "register"]
 
 register(*convertible())

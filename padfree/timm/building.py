@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from timm.models import get_arch_pretrained_cfgs, load_pretrained, load_state_dict, model_entrypoint
+from timm.models import get_arch_pretrained_cfgs, is_model, load_pretrained, load_state_dict, model_entrypoint
 from torch import Tensor, nn
 
-from padfree.convert import convert
+from padfree.convert import Plan, convert
 from padfree.errors import PadfreeError
 from padfree.files.checkpoint import some
 from padfree.files.sources import BY_NAME
@@ -39,7 +39,7 @@ def build(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
         name: of the original, without a tag.
         pretrained: load weights.
         kwargs: what `timm.create_model` passes on; `padfree` among them is a mapping of arguments of `padfree.convert`
-            and fields of `padfree.Options`: `{"rules": ["depthwise"], "merge": "norm"}`.
+            and fields of `padfree.Options`, `{"rules": ["depthwise"], "merge": "norm"}`, or a plan, `{"plan": ...}`.
 
     Raises:
         NothingToConvertError: the network has nothing to convert, built like this.
@@ -55,6 +55,31 @@ def build(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
     elif pretrained:
         _logger.info("padfree: weights of %s were loaded, then it was converted", name)
     return model
+
+
+def named(converted: nn.Module) -> nn.Module:
+    """Give a network of timm's that `padfree.convert` converted what one built by name has; returns it.
+
+    Its description then names `padfree_<name>` and its arguments hold its plan, so that `timm.models.save_for_hf` and
+    `timm.create_model("local-dir:...")` give the same network, and no original is built where its weights are meant.
+
+    Raises:
+        PadfreeError: it carries no plan, or its description names no network of timm's.
+    """
+    made, described = getattr(converted, "padfree_plan", None), getattr(converted, "pretrained_cfg", None)
+    name = str(described.get("architecture") or "") if isinstance(described, Mapping) else ""
+    if not isinstance(made, Plan) or not is_model(name):
+        raise PadfreeError(
+            f"{type(converted).__name__} is not a network of timm's that padfree.convert converted, or does not say "
+            "which; build it with timm.create_model"
+        )
+    if name.startswith(BY_NAME):
+        return converted
+    new: Any = converted
+    new.pretrained_cfg = new.default_cfg = {**_without_weights(described), "architecture": BY_NAME + name}
+    # what `timm.create_model` keeps of its arguments, and `timm.models.get_model_args` reads
+    new._model_args = {**getattr(converted, "_model_args", {}), "padfree": {"plan": made.to_dict()}}
+    return converted
 
 
 @dataclass(frozen=True)
@@ -100,7 +125,10 @@ class Recipe:
         size = default_input_size(original)
         if (sides := self.kwargs.get("img_size")) is not None:
             size = (size[0], *((sides, sides) if isinstance(sides, int) else sides))
-        model = convert(original, input_size=size, inplace=True, **self.conversion)
+        if (planned := self.conversion.get("plan")) is None:
+            model = convert(original, input_size=size, inplace=True, **self.conversion)
+        else:
+            model = planned.apply(original, inplace=True)
         described = _without_weights(getattr(model, "pretrained_cfg", {})) | {"architecture": BY_NAME + self.name}
         model.pretrained_cfg = model.default_cfg = described
         kept = {key: _without_weights(value) for key, value in self.kwargs.items()}
@@ -152,6 +180,9 @@ def _conversion(given: Any) -> dict[str, Any]:
     if given is not None and not isinstance(given, Mapping):
         raise PadfreeError(f"padfree={given!r}: it takes a mapping, such as {{'rules': ['depthwise']}}")
     arguments = dict(given or {})
+    if arguments.keys() == {"plan"}:
+        planned = arguments["plan"]
+        return {"plan": planned if isinstance(planned, Plan) else Plan.from_dict(planned)}
     unknown = sorted(map(str, arguments.keys() - {*_ARGUMENTS, *_OPTIONS}))
     if unknown:
         raise PadfreeError(f"padfree={{{unknown[0]!r}: ...}}: it takes {', '.join(sorted((*_ARGUMENTS, *_OPTIONS)))}")

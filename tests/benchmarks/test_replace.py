@@ -24,7 +24,7 @@ def test_it_goes_on_where_it_was_stopped(
             raise KeyboardInterrupt
         made.append(make)
         figures = {"params": 1234, "cpu_seconds": 0.1, "error_of_logits": 0.5, "accuracy": 90.0, "norms": 91.0}
-        return {**figures, "epochs": [92.0] * epochs}
+        return {**figures, "trained_on": 92.0 + epochs}
 
     monkeypatch.setattr(replace, "digits", lambda train: images)
     monkeypatch.setattr(replace, "KINDS", ("bsconv-u",))
@@ -37,4 +37,4 @@ def test_it_goes_on_where_it_was_stopped(
     replace.main()
     assert made == ["package", "stopped", "svd"]
     assert (tmp_path / "r.1.0.pt").read_bytes() == weights
-    assert "| bsconv-u, svd | 1,234 | 0.5 | 90.0 | 91.0 | 92.0 | 92.0 | 0.1 |" in capsys.readouterr().out
+    assert "| bsconv-u, svd | 1,234 | 0.5 | 90.0 | 91.0 | 93.0 | 0.1 |" in capsys.readouterr().out

@@ -250,6 +250,19 @@ def test_a_folder_gives_back_what_was_chosen_and_takes_other_classes(tmp_path: P
     assert_close(other.state_dict()["layer2.0.weight"], made.state_dict()["layer2.0.weight"])
 
 
+def test_a_network_that_was_converted_by_hand_is_given_its_name(original: nn.Module, tmp_path: Path) -> None:
+    made: Any = padfree.convert(original, rules=["depthwise"])
+    with pytest.raises(PadfreeError, match="is not a network of timm's"):
+        padfree.timm.named(original)
+    assert made.pretrained_cfg["architecture"] == "tiny_network"
+    assert padfree.timm.named(padfree.timm.named(made)) is made
+    assert made.state_dict().keys() == original.state_dict().keys()  # no key tells it from the original
+    save_for_hf(made, str(tmp_path))
+    again: Any = create(f"local-dir:{tmp_path}", pretrained=True)
+    assert again.padfree_plan.to_dict()["matches"] == made.padfree_plan.to_dict()["matches"]
+    assert_close(logits(again), logits(made), rtol=0, atol=0)
+
+
 def check_features(features: Any, whole: nn.Module) -> None:
     """That each feature map is what the module of that name returns in the whole network."""
     size = features.pretrained_cfg["input_size"]

@@ -359,3 +359,17 @@ def test_a_network_tied_to_its_windows_is_known_before_it_is_traced(tmp_path, mo
 def test_importing_padfree_is_enough():
     command = [sys.executable, "-c", "import padfree; print(padfree.export.to_onnx.__name__)"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "to_onnx\n"
+
+
+def test_the_1x1_of_a_stem_is_two_convolutions_in_the_file(tmp_path):
+    model = tiny()
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    path = to_onnx(model, tmp_path / "model.onnx", (3, 32, 32))
+    nodes = onnx.load(path).graph.node
+    assert not {"Concat", "BatchNormalization"} & {node.op_type for node in nodes}
+    convs = [node for node in nodes if node.op_type == "Conv"]
+    assert len(convs) == 4 + 2 * 3  # the stem's, its depthwise one and both halves; three a block
+    x = images(2, 3, 40, 32)
+    assert_close(run_onnx(path, x), expected(model, x), rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -164,3 +165,18 @@ def test_channels_that_cannot_be_divided_are_refused(channels: tuple[int, int], 
         LearnedGroupConv2d(*channels)
     with pytest.raises(PadfreeError, match="groups is 0; it takes a positive integer"):
         LearnedGroupConv2d(8, 8, groups=0)
+
+
+@pytest.mark.parametrize("form", ["learned", "condensed"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_both_forms_are_pickled_scripted_and_exported(form: str) -> None:
+    conv = layer(bias=True).eval()
+    conv.condense_stage()
+    model = conv if form == "learned" else conv.condensed()
+    expected = model(IMAGES)
+    for other in (
+        pickle.loads(pickle.dumps(model)),
+        torch.jit.script(model),
+        torch.export.export(model, (IMAGES,)).module(),
+    ):
+        assert_close(other(IMAGES), expected)

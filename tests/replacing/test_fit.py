@@ -216,6 +216,22 @@ def test_batches_that_do_not_fit(batches: Any, words: str, inplace: bool) -> Non
     assert_close(as_batches(BATCHES[0], model)[0], BATCHES[0])
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_norms_are_estimated_with_the_values_that_were_fitted(inplace: bool) -> None:
+    model = network(Block(8, padding=1)).train()
+    seen: list[int] = []
+    handle = model[1].conv1.register_forward_hook(lambda *_: seen.append(1))
+    small = padfree.replace(model, "bsconv-u", batches=BATCHES, input_size=SIZE, norms=True, inplace=inplace)
+    assert not seen and small.training and small[1].norm.momentum == 0.1
+    written = small[1].conv1(small[0](torch.cat(BATCHES)))
+    assert_close(small[1].norm.running_mean, written.mean((0, 2, 3)), atol=1e-5, rtol=1e-4)
+    assert seen == [1]  # the hook is the pair's
+    if inplace:
+        handle.remove()
+        small(BATCHES[0])
+        assert seen == [1]
+
+
 def test_norms_are_estimated_anew_alone() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.9), nn.BatchNorm2d(3, affine=False)).train()
     model[2].eval()

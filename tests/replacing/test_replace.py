@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -303,10 +304,24 @@ def saved_network() -> nn.Module:
 def test_a_replaced_network_is_saved_and_loaded(tmp_path: Any) -> None:
     small = replaced(replaced(seeded(saved_network), "bsconv-s"), "learned-groups").eval()
     condense_stage(small)
-    padfree.save(small, tmp_path / "small.safetensors", f"{__name__}:saved_network")
-    loaded = padfree.load(tmp_path / "small.safetensors", factory=saved_network)
-    assert type(loaded[3]) is BSConvS and loaded[4].stage == 1
-    assert_close(loaded(IMAGES), small(IMAGES))
+    deployed = condensed(small)
+    for model in (small, deployed, padfree.fuse(deployed)):
+        padfree.save(model, tmp_path / "small.safetensors", f"{__name__}:saved_network")
+        loaded = padfree.load(tmp_path / "small.safetensors", factory=saved_network)
+        assert type(loaded[3]) is BSConvS and type(loaded[4]) is type(model[4])
+        assert_close(loaded(IMAGES), model(IMAGES))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_loss_of_a_replaced_and_converted_network_survives_pickling() -> None:
+    small = replaced(seeded(lambda: network(nn.Conv2d(8, 8, 3, 2, padding=1), nn.ReLU())), "bsconv-s")
+    for model in (small, padfree.convert(small, input_size=SIZE)):
+        kept = pickle.loads(pickle.dumps(model))
+        loss = padfree.orthonormal_loss(kept)
+        assert_close(loss, padfree.orthonormal_loss(model))
+        loss.backward()
+        assert kept.get_submodule("3.pw1").weight.grad is not None and model.get_submodule("3.pw1").weight.grad is None
+        assert_close(kept(IMAGES), model(IMAGES))
 
 
 def separable_block(expand: int) -> nn.Module:
