@@ -129,6 +129,7 @@ def test_the_version_is_one() -> None:
     assert config()["metadata"]["version"] == padfree.__version__
     assert importlib.metadata.version("padfree") == padfree.__version__
     assert f"## {padfree.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"version: {padfree.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_requirements_and_commands() -> None:
