@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
 from padfree.cli import advise
 from padfree.cli.folder import batches, image_files
+from padfree.cli.page import check_page, write_report
 from padfree.cli.replacing import HELP as REPLACE_HELP
 from padfree.cli.replacing import replaced
 from padfree.cli.terminal import Terminated, printing, terminable
@@ -61,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with terminable():
             with printing():  # --help and --version, and a closed stdout is known before any work
                 arguments = _parser().parse_args(argv)
+                arguments.command = shlex.join(["padfree-convert", *(sys.argv[1:] if argv is None else argv)])
             _run(arguments)
     except PadfreeError as error:
         return _failed(" ".join(str(error).split()), 2)
@@ -114,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
     advise.add_flag(result)
     result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
+    result.add_argument("--report", metavar="FILE", help="an .html page on what padding does before and after")
+    result.add_argument("--images", metavar="FOLDER", help="images for --report to measure the border effect on")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
     result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
@@ -156,6 +161,8 @@ def _convert(
                 calibration = _calibrated(original, converted, made, files)
                 told = f"{calibration}\nfine-tune it for a few epochs at a tenth to a third of the usual learning rate"
             _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
+            if targets.get("report") is not None:
+                write_report(arguments, original, converted, made, comparison, source, told)
         report = _report(source, made, comparison, original)
         report["calibration"] = None if calibration is None else calibration.to_dict()
         if targets.get("json") is not None:
@@ -195,7 +202,7 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
     """Where results go, looked at before any work is done. `json` is None for stdout, absent if unwanted."""
     advise.check(arguments)
     targets: dict[str, Path | None] = {}
-    for name in ("output", "onnx", "exported_program", "json"):
+    for name in ("report", "output", "onnx", "exported_program", "json"):
         path = getattr(arguments, name)
         if path is None:
             continue
@@ -207,6 +214,7 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
         targets[name] = None if path == "-" else check_target(path)
     if arguments.plan_only and arguments.calibrate is not None:
         raise PadfreeError("--plan-only converts nothing, so there is nothing to calibrate")
+    check_page(arguments)
     if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
         raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,56 @@ IMAGES, BATCH = 1280, 64
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 
 
-def image_files(folder: str | os.PathLike[str], most: int = IMAGES) -> list[Path]:
+def image_files(
+    folder: str | os.PathLike[str], most: int = IMAGES, *, flag: str = "--calibrate", least: int = 2
+) -> list[Path]:
     """At most so many images of a folder and those below it, evenly chosen from their sorted names.
+
+    Args:
+        folder: where they are.
+        most: how many to choose.
+        flag: of the command line, for messages.
+        least: how many there must be.
 
     Raises:
         PadfreeError: there is no such folder, or it has no images.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise PadfreeError(f"--calibrate {folder}: there is no such folder")
+        raise PadfreeError(f"{flag} {folder}: there is no such folder")
     found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    if len(found) < 2:
+    if len(found) < least:
         raise PadfreeError(
-            f"--calibrate {folder}: it has {len(found)} images ({', '.join(sorted(_SUFFIXES))}, in folders below it "
-            "too); some hundred are needed"
+            f"{flag} {folder}: it has {len(found)} images ({', '.join(sorted(_SUFFIXES))}, in folders below it "
+            f"too); {'one is' if least == 1 else 'some hundred are'} needed"
         )
     count = min(most, len(found))
     return [found[index * len(found) // count] for index in range(count)]
 
 
-def batches(model: nn.Module, size: tuple[int, ...], files: list[Path]) -> list[Tensor]:
+def check_readable(files: list[Path]) -> None:
+    """Refuse a file that is no image before any work is done.
+
+    Raises:
+        PadfreeError: it cannot be read.
+    """
+    for file in files:
+        with _opened(file) as image:
+            image.load()
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise PadfreeError(f"{file} is no image that can be read: {first_line(error)}") from error
+
+
+def batches(model: nn.Module, size: tuple[int, ...], files: list[Path], *, flag: str = "--calibrate") -> list[Tensor]:
     """The images in batches, resized, cropped and normalised as the model's configuration says.
 
     Networks without one of timm's get ImageNet's mean and standard deviation. Images that lie side by side, of one
@@ -45,22 +77,18 @@ def batches(model: nn.Module, size: tuple[int, ...], files: list[Path]) -> list[
         model: the network; its `pretrained_cfg` is looked at.
         size: (C, H, W) of one image; C is 1 or 3.
         files: of the images.
+        flag: of the command line, for messages.
 
     Raises:
         PadfreeError: a file is no image that can be read, or the network takes other than grey or colour images.
     """
-    from PIL import Image
-
     if size[0] not in (1, 3) or len(size) != 3:
-        raise PadfreeError(f"--calibrate reads grey and colour images, and the network takes {size[0]} channels")
+        raise PadfreeError(f"{flag} reads grey and colour images, and the network takes {size[0]} channels")
     transform = _transform(model, size)
     images: list[Tensor] = []
     for file in files:
-        try:
-            with Image.open(file) as image:
-                images.append(transform(image.convert("L" if size[0] == 1 else "RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise PadfreeError(f"{file} is no image that can be read: {first_line(error)}") from error
+        with _opened(file) as image:
+            images.append(transform(image.convert("L" if size[0] == 1 else "RGB")))
     count = -(-len(images) // BATCH)
     return [torch.stack(images[start::count]) for start in range(count)]
 

@@ -1,0 +1,58 @@
+"""The page itself: content, template and styles in one file."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from padfree.errors import PadfreeError
+from padfree.files.writing import replacing
+from padfree.page.content import Request, content
+from padfree.page.pictures import gradient
+
+
+def write_page(path: Path, request: Request) -> None:
+    """Write a self-contained page about a conversion: no other file, no network.
+
+    Raises:
+        PadfreeError: jinja2 is missing, or something of `content` fails.
+        FileError: the file cannot be written; what was there stays.
+    """
+    text = render(content(request))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def check_extra() -> None:
+    """Refuse before any work where the extra `report` is not installed.
+
+    Raises:
+        PadfreeError: jinja2 is missing.
+    """
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise PadfreeError("reports need jinja2: pip install 'padfree[report]'") from error
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page of a content; every string of it is escaped, since names are whatever a user chose.
+
+    Raises:
+        PadfreeError: jinja2 is missing.
+    """
+    check_extra()
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    own = {name: Markup(_text(name)) for name in ("page.css", "page.js")}  # ours, not anybody's data
+    template = environment.from_string(_text("page.html"))
+    return template.render(**data, css=own["page.css"], script=own["page.js"], gradient=gradient())
+
+
+def _text(name: str) -> str:
+    return (resources.files("padfree.page") / name).read_text(encoding="utf-8")
