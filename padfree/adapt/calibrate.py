@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from padfree.adapt.absorb import absorb_by_point
 from padfree.adapt.classifier import solve_classifier
-from padfree.adapt.images import checked, divided
+from padfree.adapt.images import checked, divided, measured
 from padfree.adapt.imitate import imitate
 from padfree.adapt.merge import absorb_by_conv
 from padfree.adapt.places import Places
@@ -171,13 +171,13 @@ def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor],
     work = Work(_shared(converted), None if original is None else _shared(original), train, held, Places(recording))
     work.absorbs = _absorbs(converted.__dict__.get("padfree_plan"))
     try:
-        found = [outputs(work.model, images) for images in work.held]
+        found = [outputs(work.model, images) for images in measured(work.held)]
     except Exception as error:  # the model's own code
         raise PadfreeError(f"the batches do not fit: {type(error).__name__}: {first_line(error)}") from error
     if not all(bool(tensor.isfinite().all()) for batch in found for tensor in batch):
         raise PadfreeError(f"the outputs of {type(converted).__name__} on these images are not finite")
     if work.original is not None:
-        work.expected = _expected(work.original, work.held, found)
+        work.expected = _expected(work.original, measured(work.held), found)
     return work
 
 
@@ -217,7 +217,7 @@ def _step(work: Work, name: str, before: float) -> CalibrationStep:
     started = time.perf_counter()
     kept = _values(work.model)
     outcome = STEPS[name](work)
-    after = work.error() if outcome.places else before
+    after = work.error() if outcome.places and name != "identity" else before
     by_outputs = bool(work.expected) and name in _BY_OUTPUTS
     worse = _is_worse(before, after) if by_outputs else _is_worse(outcome.before, outcome.after)
     if worse:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from padfree.adapt.solve import Moments
 from padfree.adapt.tape import Tape
-from padfree.adapt.work import Outcome, Stream, Work, outputs
+from padfree.adapt.work import Outcome, Stream, Work
 
 RIDGE = 0.1
 _PRODUCTS = {"addmm": 1, "mm": 0, "convolution": 0}  # and which argument is the features
@@ -20,15 +20,19 @@ def solve_classifier(work: Work) -> Outcome:
     step = last_product(stream.tape(0))
     layer = None if step is None else work.modules.get(stream.tape(0).steps[step].path)
     weight = None if layer is None else layer._parameters.get("weight")
-    if step is None or layer is None or weight is None or stream.tape(0).steps[step].path in work.tied:
+    if (
+        not work.expected
+        or step is None
+        or layer is None
+        or weight is None
+        or stream.tape(0).steps[step].path in work.tied
+    ):
         return Outcome(notes=("no single linear layer makes the outputs: the classifier stays as it is",))
     matrix = weight.detach().reshape(weight.shape[0], -1)
     bias = layer._parameters.get("bias")
     learnt, held = Moments(), Moments()
-    for batch, images in enumerate([*work.train, *work.held]):
-        (target,) = (
-            outputs(work.original, images) if batch < work.first_held else work.expected[batch - work.first_held]
-        )
+    for batch in range(work.first_held + len(work.expected)):
+        (target,) = work.theirs.outputs(batch)
         rows = _features(stream, step, batch, matrix.shape[1])
         target = target.reshape(-1, matrix.shape[0]).double()
         if len(rows) != len(target):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from padfree.errors import PadfreeError
 
 HELD = 5  # one of so many is held back
+_MEASURED = 128  # images on which outputs are compared
 
 
 def checked(batches: Iterable[Any], model: nn.Module) -> list[Tensor]:
@@ -70,6 +72,12 @@ def divided(batches: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [batch for index, batch in enumerate(batches) if index % HELD != HELD - 1], held
     parts = [(batch[: len(batch) - _share(batch)], batch[len(batch) - _share(batch) :]) for batch in batches]
     return [part for part, _ in parts if len(part)], [part for _, part in parts if len(part)]
+
+
+def measured(held: list[Tensor]) -> list[Tensor]:
+    """The first of the held-back batches, as many as it takes to measure a network's outputs by."""
+    counts = itertools.accumulate(len(batch) for batch in held)
+    return held[: next((index + 1 for index, count in enumerate(counts) if count >= _MEASURED), len(held))]
 
 
 def _share(batch: Tensor) -> int:

@@ -31,7 +31,7 @@ def imitate(work: Work) -> Outcome:
     before = Places(record(work.original, work.places.recording.input_size))
     layers = {path: layer for path, layer in before.layers().items() if path in work.layers}
     last = _last_size(before, work.places, layers)
-    mine, theirs = work.stream(), work.stream(work.original)
+    mine, theirs = work.stream(), work.theirs
     merged = {place.conv for place in work.places.found if place.merge != "activation"}
     new = new_layers(work.model)
     errors, left = [], {}

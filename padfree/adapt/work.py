@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,8 @@ from padfree.adapt.tape import Env, Tape, record_tape
 from padfree.layers.preserve import running_norm, tensor_of
 from padfree.record.trees import tensors
 
-_ROWS_EACH = 20  # rows of least squares for each feature, if there are so many images
-_FEWEST = 5  # batches that are looked at in any case, if there are so many
+_ROWS_EACH = 10  # rows of least squares for each feature, if there are so many images
+_FEWEST = 4  # batches that are looked at in any case, if there are so many
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,15 @@ class Stream:
     Args:
         model: a bare copy of the network.
         batches: the images.
+        tapes: those of the model that other streams have made, by the shape of the batch.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Tensor], tapes: dict[tuple[int, ...], Tape] | None = None
+    ) -> None:
         self.model = model
         self.batches = batches
-        self._tapes: dict[tuple[int, ...], Tape] = {}
+        self._tapes = {} if tapes is None else tapes
         self._fronts: dict[int, tuple[int, Env]] = {}
 
     def tape(self, batch: int) -> Tape:
@@ -66,6 +70,12 @@ class Stream:
         if shape not in self._tapes:
             self._tapes[shape] = record_tape(self.model, images.clone())
         return self._tapes[shape]
+
+    def outputs(self, batch: int) -> list[Tensor]:
+        """What the network returns for a batch: its floating-point tensors."""
+        tape = self.tape(batch)
+        env = self.fork(batch, len(tape.steps), len(tape.steps))
+        return [env[slot] for slot in tape.exits if env[slot].is_floating_point()]
 
     def fork(self, batch: int, start: int, stop: int) -> Env:
         """What is alive at step `start`, as a copy that may be run up to step `stop`.
@@ -94,7 +104,7 @@ class Work:
         train, held: images to learn from, and the held-back ones.
         places: what the converted network's recording says.
         absorbs: whether the stem's tail took a max-pool in.
-        expected: the original's outputs for the held-back images.
+        expected: the original's outputs for the first of the held-back batches, on which the outputs are measured.
         done: names of the steps that an earlier calibration did.
         unmerged: by strided convolution, tensors and the values that they had before they took over a part of the pool.
     """
@@ -121,9 +131,19 @@ class Work:
 
     # -- images ---------------------------------------------------------------------------------
 
-    def stream(self, model: nn.Module | None = None) -> Stream:
-        """All batches, those to learn from first, from the beginning."""
-        return Stream(self.model if model is None else model, [*self.train, *self.held])
+    def stream(self) -> Stream:
+        """All batches on their way through the network, those to learn from first, from the beginning."""
+        return Stream(self.model, [*self.train, *self.held], self._tapes)
+
+    @functools.cached_property
+    def _tapes(self) -> dict[tuple[int, ...], Tape]:
+        return {}
+
+    @functools.cached_property
+    def theirs(self) -> Stream:
+        """The same batches on their way through the original, which nothing changes: one stream for all steps."""
+        assert self.original is not None
+        return Stream(self.original, [*self.train, *self.held])
 
     @property
     def first_held(self) -> int:
