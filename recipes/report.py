@@ -77,7 +77,9 @@ def _by_network(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     headings = ["model", "params", "FLOPs", f"{right}\nparams", f"{right}\nFLOPs", ""]
     kept = [index for index in range(len(headings)) if index == 0 or any(row[index] for row in rows)]
     headings, rows = [headings[index] for index in kept], [[row[index] for index in kept] for row in rows]
-    others = sum(max(len(cell) for cell in column) + 1 for column in list(zip(*rows, strict=True))[1:])
+    others = 0
+    for heading, *cells in list(zip(headings, *rows, strict=True))[1:]:
+        others += max(map(len, [*heading.split("\n"), *cells])) + 1
     for row in rows:
         row[0] = "\n".join(textwrap.wrap(row[0], max(NARROW - others, 12), drop_whitespace=False))
     return headings, rows

@@ -54,6 +54,14 @@ def test_the_widest_figures_and_names_fit(capsys: pytest.CaptureFixture[str]) ->
 PAIR = ("original", "padfree")
 
 
+def test_a_name_leaves_room_for_headings_that_are_wider_than_their_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"params": 853_620, "flops": 67_945_176}
+    published = {"published": {"params_m": 1.074, "flops_m": 119.0}, "digits": {"params": 3, "flops": 0}}
+    found = shown([line(LONG, "original", **published), line(LONG, "padfree", measured=small)], capsys)
+    assert any(text.endswith("3.309 (1.074) 626.5 (119)   0.854    67.9") for text in found)
+    assert found[1].split() == ["padfree", "padfree"]
+
+
 def test_other_variants_are_rows_below_and_conventions_tables_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line("a/b", name) for name in ("original", "padfree", "stem-only")]
     found = shown([*lines, line("a/c", count="macs"), line("d/e", "efficientformerv2", "modules")], capsys)
