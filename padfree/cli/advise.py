@@ -20,6 +20,10 @@ from padfree.types import Options
 
 Size = tuple[int, ...] | None
 Targets = Mapping[str, Path | None]
+_CONVERTING = (
+    *("rules", "include", "exclude", "no_check", "calibrate", "replace", "replace_only"),
+    *("plan_only", "output", "onnx", "exported_program"),
+)  # what asks for one conversion
 
 
 def add_flag(group: argparse._ArgumentGroup) -> None:
@@ -34,7 +38,7 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         PadfreeError: there is such a flag.
     """
-    for name in ("plan_only", "output", "onnx", "exported_program", "rules", "include", "exclude"):
+    for name in _CONVERTING:
         if arguments.advise is not None and getattr(arguments, name):
             flag = "--" + name.replace("_", "-")
             raise PadfreeError(f"--advise compares the forms of a network and converts nothing: leave out {flag}")
@@ -48,7 +52,10 @@ def run(build: Callable[[], nn.Module], runtime: str, options: Options, size: Si
     """
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")
-        found = advise(build(), runtime=runtime, input_size=size, options=options)
+        try:
+            found = advise(build(), runtime=runtime, input_size=size, options=options)
+        except SystemExit as error:
+            raise PadfreeError(f"the code of the network ended the program ({error.code})") from error
     text = json.dumps(found.to_dict(), indent=2)
     path = targets.get("json")
     if path is not None:

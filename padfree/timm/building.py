@@ -167,6 +167,7 @@ class Recipe:
         if model.state_dict().keys() == own:
             new = own - state_dict.keys()
             state_dict.update(model.state_dict())
+            module.__dict__["padfree_plan"] = model.__dict__["padfree_plan"]  # how its new layers began
             _logger.warning(
                 "padfree: these weights are of %s; they were loaded and converted. %d tensors of the new layers are "
                 "untrained: train the network before you use it",

@@ -201,7 +201,9 @@ def test_the_command_line_advises(
     assert printed[0] == "Sequential at 3x16x16, batch 1, eager, one thread" and printed[-1] == "wrote advice.json"
 
 
-@pytest.mark.parametrize("flags", [["--plan-only"], ["--output", "x.safetensors"], ["--rules", "stem"]])
+@pytest.mark.parametrize(
+    "flags", [["--plan-only"], ["--output", "x.safetensors"], ["--rules", "stem"], ["--calibrate", "."]]
+)
 def test_advice_converts_nothing(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--timm", "lcnet_035", "--advise", *flags]) == 2
     assert f"leave out {flags[0]}" in capsys.readouterr().err

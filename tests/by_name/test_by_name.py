@@ -220,6 +220,24 @@ def test_a_checkpoint_of_the_original_is_recognised_and_said(
         assert_close(made.state_dict()[key], value, rtol=0, atol=0)
 
 
+def test_a_trained_original_is_preserved_by_either_way(original: nn.Module, tmp_path: Path) -> None:
+    trained = copy.deepcopy(original)
+    for norm in (module for module in trained.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_()  # type: ignore[union-attr, operator]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr, operator]
+        norm.num_batches_tracked.add_(100)  # type: ignore[union-attr, operator]
+    torch.save(trained.state_dict(), tmp_path / "trained.pth")
+    with pytest.warns(UserWarning, match="untrained"):
+        before: Any = create(pretrained=True, pretrained_cfg_overlay={"file": str(tmp_path / "trained.pth")})
+    with pytest.warns(UserWarning, match="untrained"):
+        after: Any = create(checkpoint_path=str(tmp_path / "trained.pth"))
+    assert before.padfree_plan.init == after.padfree_plan.init == "preserve"
+    preserved = padfree.convert(trained, init="preserve").state_dict()
+    for key in preserved:
+        assert_close(after.state_dict()[key], before.state_dict()[key], rtol=0, atol=0)
+        assert_close(after.state_dict()[key], preserved[key], rtol=0, atol=0)
+
+
 def test_other_checkpoints_are_torchs_to_refuse(original: nn.Module, converted: nn.Module) -> None:
     made = copy.deepcopy(converted)
     half = dict(list(original.state_dict().items())[:5])
