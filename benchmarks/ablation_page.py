@@ -10,6 +10,7 @@ from benchmarks.clock import title
 from benchmarks.training import Cell, draw, spread
 from padfree import recipes
 
+FEW = 3  # seeds
 OTHERS = ("stem-only", "downsampling-only", "padfree")
 NAMES = {"photos": "photos (16 classes)", "mnist5k": "mnist5k (10 classes)"}
 CONDITIONS = {
@@ -38,6 +39,8 @@ def page(found: Sequence[Cell], about: dict[str, Any], picture: str | None) -> s
         f"On {title(about)}.",
         "",
     ]
+    if len({cell["key"]["seed"] for cell in found}) < FEW:
+        lines += [f"**There are fewer than {FEW} seeds here so far, so no difference of a few points is settled.**", ""]
     for data in dict.fromkeys(cell["key"]["data"] for cell in found):
         mine = [cell for cell in found if cell["key"]["data"] == data]
         lines += [f"## {NAMES[data]}", "", *_differences(mine), "", *_conditions(mine, data), ""]
