@@ -130,11 +130,13 @@ class Places:
     def _point(self, total: ValueId) -> tuple[Conv | None, str]:
         """The 1x1 convolution that alone reads a sum, behind whatever does not leave its map; or why there is none."""
         flow, derived = self.flow, {total}
+        if flow.size(total) == (1, 1):
+            return None, "its map has one pixel, on images of this size"
         for op in flow.ops[flow.values[total].producer + 1 :]:
             if derived.isdisjoint(op.inputs):
                 continue
             conv = self.sites.convs.get(op.index)
-            if conv is not None and flow.size(conv.out) == flow.size(total) and flow.size(conv.source) != (1, 1):
+            if conv is not None and flow.size(conv.out) == flow.size(total):
                 plain = conv.pointwise and conv.stride == (1, 1) and conv.groups == 1 and conv.is_module
                 if not plain:
                     return None, f"`{conv.path}`, which reads it next, is no plain 1x1 convolution"
