@@ -37,7 +37,7 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     code = blocks("python")
-    assert len(code) == 5
+    assert len(code) == 6
     (tmp_path / "readme.py").write_text("\n".join(code))
     assert "5,483,032 -> 5,483,752" in run(tmp_path / "readme.py", tmp_path)
     assert (tmp_path / "mobilenet.safetensors").stat().st_size > 4 * 5_483_752
