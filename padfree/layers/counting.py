@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from padfree.layers.preserve import running_norm
+from padfree.layers.preserve import own_tensors, running_norm
 
 
 def counts(module: nn.Module) -> bool:
     """Whether a module is a norm that updates its running statistics in train mode: no frozen one, no other module."""
-    counted = isinstance(module._buffers.get("num_batches_tracked"), Tensor) and hasattr(module, "momentum")
+    counted = "num_batches_tracked" in own_tensors(module) and hasattr(module, "momentum")
     return running_norm(module) is module and counted
 
 

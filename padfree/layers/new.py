@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from padfree.layers.preserve import own_tensors
 from padfree.layers.stem import StemTail
 from padfree.types import NEW
 
@@ -14,7 +15,7 @@ def new_layers(model: nn.Module) -> dict[str, nn.Module]:
     tails = tuple(f"{path}." for path, module in modules.items() if isinstance(module, StemTail))
     found = (path for path in modules if path.startswith(tails) or any(p.startswith(NEW) for p in path.split(".")))
     own = ((path, modules[path]) for path in found)
-    return {path: module for path, module in own if module._parameters or module._buffers}
+    return {path: module for path, module in own if own_tensors(module)}
 
 
 def untrained(model: nn.Module) -> str:
@@ -22,7 +23,7 @@ def untrained(model: nn.Module) -> str:
     layers = new_layers(model)
     if not layers:
         return ""
-    count = sum(p.numel() for module in layers.values() for p in module._parameters.values() if p is not None)
+    count = sum(p.numel() for module in layers.values() for p in module.parameters(recurse=False))
     return (
         f"{len(layers)} new layers ({count:,} parameters) are untrained: call padfree.calibrate(converted, batches, "
         "original=model) with unlabelled images, or fine-tune, before the network is used"

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, not its children's; scripted modules have them in tables of their own."""
+    return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+
+
 def tensor_of(module: nn.Module, name: str) -> Tensor | None:
     """A module's own floating-point parameter or buffer of this name."""
-    found: Tensor | None = module._parameters.get(name)
-    found = module._buffers.get(name) if found is None else found
+    found = own_tensors(module).get(name)
     return found if isinstance(found, Tensor) and found.is_floating_point() else None
 
 
@@ -100,8 +104,8 @@ def shows_training(model: nn.Module) -> bool:
 
 
 def _moved(module: nn.Module) -> bool:
-    own = {**module._parameters, **module._buffers}
-    if any(tensor is not None and tensor.is_meta for tensor in own.values()):
+    own = own_tensors(module)
+    if any(tensor.is_meta for tensor in own.values()):
         return False
     counted = own.get("num_batches_tracked")
     if counted is not None and counted.dim() == 0 and int(counted) > 0:
@@ -110,7 +114,8 @@ def _moved(module: nn.Module) -> bool:
         tensor = tensor_of(module, name)
         if tensor is not None and bool((tensor != start).any()):
             return True
-    learnt = [tensor for tensor in module._parameters.values() if tensor is not None]
-    if not learnt or module._parameters.get("weight") is None or any(tensor.dim() != 1 for tensor in learnt):
+    parameters = dict(module.named_parameters(recurse=False))
+    learnt = list(parameters.values())
+    if "weight" not in parameters or any(tensor.dim() != 1 for tensor in learnt):
         return False  # a norm's parameters have one value a channel each
     return any(tensor.numel() > 1 and bool((tensor != tensor[0]).any()) for tensor in learnt)
