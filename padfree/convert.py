@@ -6,7 +6,7 @@ record -> match -> group -> try on weightless copies, once for real -> carry out
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,7 +50,7 @@ class Plan(PlanData):
         operations: list[Operation] = []
         kept: list[Operation] = []
         current = model
-        for step in self._steps():
+        for step in self.steps():
             if operations:
                 current = perform(full_copy(model), operations)
             found = prepare_again(current, step).operations
@@ -64,12 +64,19 @@ class Plan(PlanData):
         """Whether new layers begin at values that preserve what the network computes."""
         return self.init == "preserve"
 
-    def _steps(self) -> Iterator[PlanData]:
-        """The plans from the earliest on."""
-        steps: list[PlanData] = [self]
-        while steps[-1].earlier is not None:
-            steps.append(steps[-1].earlier)
-        return reversed(steps)
+    @classmethod
+    def of(cls, model: nn.Module, request: Request, prepared: Prepared, init: Init = "fresh") -> Plan:
+        """The plan of what was prepared for a model."""
+        return cls(
+            model=type(model).__name__,
+            input_size=prepared.input_size,
+            options=request.options,
+            matches=prepared.matches,
+            skips=prepared.skips,
+            earlier=model.__dict__.get("padfree_plan"),
+            outputs=prepared.outputs,
+            init=init,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -101,7 +108,7 @@ def plan(
     """
     request = Request.of(rules, include, exclude, options, input_size, check)
     _check_init(init)
-    return _written(model, request, prepare(model, request), _chosen(init, model))
+    return Plan.of(model, request, prepare(model, request), _chosen(init, model))
 
 
 def convert(
@@ -151,7 +158,7 @@ def convert(
         if is_converted(model):
             return model
         raise NothingToConvertError(nothing_to_convert(model, request, prepared, by_name=rules is not None))
-    made = _written(model, request, prepared, _chosen(init, model))
+    made = Plan.of(model, request, prepared, _chosen(init, model))
     converted = _carry_out(model, prepared.operations, made, inplace, prepared.operations if made.preserves else ())
     if init == "auto" and made.preserves and new_layers(converted):
         warnings.warn(untrained(converted), UntrainedWarning, stacklevel=2)
@@ -179,19 +186,6 @@ def _chosen(init: Init, model: nn.Module) -> Init:
     if init != "auto":
         return init
     return "preserve" if shows_training(model) else "fresh"
-
-
-def _written(model: nn.Module, request: Request, prepared: Prepared, init: Init) -> Plan:
-    return Plan(
-        model=type(model).__name__,
-        input_size=prepared.input_size,
-        options=request.options,
-        matches=prepared.matches,
-        skips=prepared.skips,
-        earlier=model.__dict__.get("padfree_plan"),
-        outputs=prepared.outputs,
-        init=init,
-    )
 
 
 def _carry_out(

@@ -224,6 +224,13 @@ class PlanData:
     outputs: tuple[Returned, ...] = ()
     init: Init = "fresh"
 
+    def steps(self) -> list[PlanData]:
+        """The plans that are carried out one after another: those of before, the earliest first, and this one."""
+        found: list[PlanData] = [self]
+        while found[-1].earlier is not None:
+            found.append(found[-1].earlier)
+        return found[::-1]
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `padfree.Plan.from_dict` reads it back equal."""
         return {

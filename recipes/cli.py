@@ -11,27 +11,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import TextIO
 
 from rich.markup import escape
 
 import padfree
+from padfree.cli.parser import Parser
 from padfree.errors import PadfreeError
 
 from .console import Console
 
 EPILOG = """NAME is a recipe of `padfree-recipes list`, or the path of a recipe file.
 key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML)."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are PadfreeErrors: one line, like all others. Flags are written out."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise PadfreeError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,7 +100,7 @@ def _drop(stream: TextIO) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG)
+    parser = Parser(prog="padfree-recipes", description="Recipes of the padding-free paper.", epilog=EPILOG)
     parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -152,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_training(commands: argparse._SubParsersAction[Parser]) -> None:
     command = commands.add_parser("train", help="train a recipe", epilog=EPILOG)
     _add_recipe(command)
     command.add_argument("--variant", default="padfree", help="what to train (default: %(default)s)")

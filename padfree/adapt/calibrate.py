@@ -205,11 +205,8 @@ def _expected(original: nn.Module, held: list[Tensor], found: list[list[Tensor]]
 
 def _absorbs(plan: PlanData | None) -> bool:
     """Whether the stem's tail took a max-pool in, as the plans say that made it."""
-    while plan is not None:
-        if any(getattr(match.detail, "absorbs", False) for match in plan.matches):
-            return True
-        plan = plan.earlier
-    return False
+    steps = [] if plan is None else plan.steps()
+    return any(getattr(match.detail, "absorbs", False) for step in steps for match in step.matches)
 
 
 def _step(work: Work, name: str, before: float) -> CalibrationStep:

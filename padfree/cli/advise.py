@@ -22,7 +22,7 @@ Size = tuple[int, ...] | None
 Targets = Mapping[str, Path | None]
 _CONVERTING = (
     *("rules", "include", "exclude", "no_check", "calibrate", "replace", "replace_only"),
-    *("plan_only", "output", "onnx", "exported_program"),
+    *("plan_only", "report", "output", "onnx", "exported_program"),
 )  # what asks for one conversion
 
 

@@ -14,18 +14,16 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
-import padfree
-from padfree import kernels
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
 from padfree.cli import advise
+from padfree.cli.flags import parser
 from padfree.cli.folder import batches, image_files
 from padfree.cli.page import check_page, write_report
-from padfree.cli.replacing import HELP as REPLACE_HELP
 from padfree.cli.replacing import replaced
 from padfree.cli.terminal import Terminated, printing, terminable
 from padfree.convert import Plan, convert, plan
@@ -36,22 +34,7 @@ from padfree.files.weights import save
 from padfree.files.writing import all_or_none, check_target, replacing
 from padfree.layers.new import untrained
 from padfree.report.comparison import Comparison, compare
-from padfree.types import Options, PlanData
-
-_EPILOG = "NAME of --timm may carry a tag (resnet50.a1_in1k). No weights are downloaded without --pretrained."
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are PadfreeErrors: one line, like all others. Flags are written out."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str) -> NoReturn:
-        raise PadfreeError(f"{message} (see {self.prog} --help)")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        (file or sys.stderr).write(message)  # argparse would keep quiet about a full disk
+from padfree.types import Options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with terminable():
             with printing():  # --help and --version, and a closed stdout is known before any work
-                arguments = _parser().parse_args(argv)
+                arguments = parser().parse_args(argv)
                 arguments.command = shlex.join(["padfree-convert", *(sys.argv[1:] if argv is None else argv)])
             _run(arguments)
     except PadfreeError as error:
@@ -79,51 +62,6 @@ def _failed(message: str, status: int) -> int:
         if sys.stderr is not None:
             print(f"padfree-convert: {message}", file=sys.stderr, flush=True)
     return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="padfree-convert", description=__doc__.splitlines()[0], epilog=_EPILOG)
-    # in one line however narrow the terminal is: reports of faults quote it
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}; {kernels.describe()}")
-    model = parser.add_argument_group("model (exactly one)").add_mutually_exclusive_group(required=True)
-    model.add_argument("--timm", metavar="NAME", help="a timm model")
-    model.add_argument("--torchvision", metavar="NAME", help="a torchvision model")
-    model.add_argument("--bsconv", metavar="NAME", help="an architecture of the bsconv package")
-    model.add_argument("--model", metavar="MODULE:FACTORY", help="a function of yours that returns a model")
-    built = parser.add_argument_group("how it is built")
-    built.add_argument("--num-classes", type=int, metavar="N", help="passed to the builder")
-    built.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    built.add_argument("--pretrained", action="store_true", help="download the library's weights")
-    built.add_argument("--checkpoint", metavar="FILE", help="unconverted weights: safetensors or torch")
-    rewrite = parser.add_argument_group("what is converted, and how")
-    rewrite.add_argument(
-        "--rules", nargs="+", action="extend", metavar="RULE", help="of depthwise dense projection stem"
-    )
-    rewrite.add_argument("--include", nargs="+", action="extend", metavar="PATTERN", help="convert only these")
-    rewrite.add_argument("--exclude", nargs="+", action="extend", metavar="PATTERN", help="leave these alone")
-    defaults = Options()
-    rewrite.add_argument("--merge", default=defaults.merge, help="activation (default), norm or conv")
-    rewrite.add_argument("--pool", default=defaults.pool, help="3x3 (default) or kernel")
-    rewrite.add_argument("--projection", default=defaults.projection, help="depthwise (default) or dense")
-    rewrite.add_argument("--stem-residual", action="store_true", help="add the stem's output back after its tail")
-    rewrite.add_argument("--init", default="auto", help="of new layers: auto (default), preserve or fresh")
-    rewrite.add_argument("--calibrate", metavar="FOLDER", help="fit a trained network on a folder's images, unlabelled")
-    rewrite.add_argument("--allow-resize", action="store_true", help="also where the output would get smaller sides")
-    rewrite.add_argument("--no-check", action="store_true", help="without the real forward pass of the converted copy")
-    rewrite.add_argument("--replace", nargs="+", action="append", metavar=("KIND", "KEY=VALUE"), help=REPLACE_HELP)
-    rewrite.add_argument("--replace-only", action="store_true", help="replace, and do not convert")
-    result = parser.add_argument_group("results")
-    result.add_argument("--plan-only", action="store_true", help="show what would be converted, and stop")
-    advise.add_flag(result)
-    result.add_argument("--json", metavar="PATH", help="the report as JSON; - is stdout, with nothing else")
-    result.add_argument("--report", metavar="FILE", help="an .html page on what padding does before and after")
-    result.add_argument("--images", metavar="FOLDER", help="images for --report to measure the border effect on")
-    result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
-    result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
-    result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
-    result.add_argument("--fixed-sides", action="store_true", help="export for this input size only; the batch is free")
-    return parser
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -303,16 +241,7 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
     content = made.to_dict()
     report |= {name: content[name] for name in ("options", "matches", "skips", "outputs")}
-    return report | {"earlier": [plan.to_dict() | {"earlier": None} for plan in _earlier(made)]}
-
-
-def _earlier(made: PlanData) -> list[PlanData]:
-    """The plans that are carried out before one, the first one first."""
-    plans: list[PlanData] = []
-    while made.earlier is not None:
-        made = made.earlier
-        plans.insert(0, made)
-    return plans
+    return report | {"earlier": [step.to_dict() | {"earlier": None} for step in made.steps()[:-1]]}
 
 
 def _write_models(
@@ -344,7 +273,7 @@ def _publish(
         return
     from padfree.report.display import show
 
-    for first in _earlier(made):
+    for first in made.steps()[:-1]:
         show(f"{source}, first", first, None)
     show(str(source), made, comparison)
     if told:

@@ -46,12 +46,11 @@ def check_input(plan: PlanData | None) -> None:
     Raises:
         ValueError: the sizes are not positive, or too large.
     """
-    while plan is not None:
-        size = plan.input_size
+    for step in [] if plan is None else plan.steps():
+        size = step.input_size
         if not size or min(size) < 1 or math.prod(size) > _INPUT:
             shown = "x".join(map(str, size))
             raise ValueError(f"input_size is {shown}; it takes positive sizes, and {_INPUT:,} values at most")
-        plan = plan.earlier
 
 
 @contextlib.contextmanager

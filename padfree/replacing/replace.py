@@ -62,7 +62,7 @@ def plan_replacement(
     """
     settings = {"kernel_sizes": kernel_sizes, "p": p, "with_bn": with_bn, "init": init}
     rule = _rule(kind, settings | {"groups": groups, "condense_factor": condense_factor})
-    return _plan(model, *_prepared(model, rule, include, exclude, input_size, check))
+    return Plan.of(model, *_prepared(model, rule, include, exclude, input_size, check))
 
 
 def replace(
@@ -137,7 +137,7 @@ def replace(
         images = as_batches(batches, model)
         before = bare_copy(model, [*model.parameters(), *model.buffers()])
         order = called(before, [match.name for match in prepared.matches], images[0])
-    made = _plan(model, request, prepared)
+    made = Plan.of(model, request, prepared)
     with torch.inference_mode(False):
         target = model if inplace else full_copy(model)
         perform(target, prepared.operations)
@@ -159,18 +159,6 @@ def _prepared(
 ) -> tuple[Request, Prepared]:
     request = changed(Request.of(None, include, exclude, None, input_size, check), rules=(rule,))
     return request, prepare(model, request)
-
-
-def _plan(model: nn.Module, request: Request, prepared: Prepared) -> Plan:
-    return Plan(
-        model=type(model).__name__,
-        input_size=prepared.input_size,
-        options=request.options,
-        matches=prepared.matches,
-        skips=prepared.skips,
-        earlier=model.__dict__.get("padfree_plan"),
-        outputs=prepared.outputs,
-    )
 
 
 def _rule(kind: str, settings: dict[str, Any]) -> Rule:

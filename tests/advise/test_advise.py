@@ -202,7 +202,8 @@ def test_the_command_line_advises(
 
 
 @pytest.mark.parametrize(
-    "flags", [["--plan-only"], ["--output", "x.safetensors"], ["--rules", "stem"], ["--calibrate", "."]]
+    "flags",
+    [["--plan-only"], ["--output", "x.safetensors"], ["--rules", "stem"], ["--calibrate", "."], ["--report", "x.html"]],
 )
 def test_advice_converts_nothing(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--timm", "lcnet_035", "--advise", *flags]) == 2
