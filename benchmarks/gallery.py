@@ -24,7 +24,7 @@ from padfree.borders.layers import Footprint, Layer
 from padfree.borders.results import BorderEffect
 from padfree.errors import NothingToConvertError
 from padfree.files.sources import Source
-from padfree.geometry import size_text
+from padfree.geometry import share_text, size_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 NETWORKS = (
@@ -82,15 +82,15 @@ def entry(name: str, images: Path) -> tuple[str, str]:
     try:
         forms.append(("after", padfree.convert(model, input_size=SIZE)))
         said = ""
-    except NothingToConvertError:
-        said = "\nNothing is converted: its strided convolutions read no padding.\n"
+    except NothingToConvertError as error:
+        said = f"\n{str(error)[:1].upper()}{str(error)[1:]}.\n"
     footprints = [(title, padfree.footprint(form, SIZE)) for title, form in forms]
     effects = [padfree.border_effect(form, scenes(scene_size(form, SIZE)), SIZE, shifts=()) for _, form in forms]
     file = images / f"{source.name}.png"
     draw(footprints, file)
     found = [footprint for _, footprint in footprints]
     cells = [
-        _arrow([_share(next(iter(each.outputs.values()))) for each in found]),
+        _arrow([share_text(next(iter(each.outputs.values()))) for each in found]),
         _arrow([_taps(each) for each in found]),
         _arrow([each.unread_text() for each in found]),
         _arrow([_effect(each) for each in effects]),
@@ -147,16 +147,13 @@ def _taps(found: Footprint) -> str:
     windows = [reads for reads in strided if max(reads.kernel) > 1]
     if not windows:
         return "none"
-    return " ".join(_share(sum(side) / len(windows)) for side in zip(*(reads.sides for reads in windows), strict=True))
+    by_side = zip(*(reads.sides for reads in windows), strict=True)
+    return " ".join(share_text(sum(side) / len(windows)) for side in by_side)
 
 
 def _effect(found: BorderEffect) -> str:
     layer = found.layers[-1]
     return f"{sum(layer.sides) / 4:.2f}, {layer.centre:.2f}"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.1%}" if value else "0"
 
 
 def _arrow(values: list[str]) -> str:

@@ -28,6 +28,11 @@ def out_size(size: int, kernel: int, stride: int, padding: int, dilation: int = 
     return out - 1 if (out - 1) * stride >= size + padding else out
 
 
+def share_text(value: float | None) -> str:
+    """A share as a percentage: "12.3%", "0", and "unknown" where there is none."""
+    return "unknown" if value is None else f"{value:.1%}" if value else "0"
+
+
 def padfree_size(size: int) -> int:
     """What padding-free downsampling maps `size` to: floor((n - 3) / 2) + 1."""
     return (size - 3) // 2 + 1

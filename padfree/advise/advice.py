@@ -24,8 +24,10 @@ from padfree.advise.runtimes import Runtime, runtime
 from padfree.advise.timing import Clock, Timings, interleaved, milliseconds, ratio
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
+from padfree.record.copies import kept_random_state
 from padfree.record.inputs import check_input_size, check_model, default_input_size
 from padfree.record.recording import record
+from padfree.record.trees import first_line
 from padfree.report.macs import count_macs
 from padfree.report.smallest import minimum_input
 from padfree.types import Options
@@ -171,10 +173,12 @@ def advise(
     check_model(model)
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise PadfreeError(f"batch is {batch!r}; it takes a positive number of images")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise PadfreeError(f"rounds is {rounds!r}; it takes a positive number of turns")
     where = _runtime(runtime)
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
-    made = forms(model, size, options or Options())
-    with _one_thread():
+    with kept_random_state(), _one_thread():
+        made = forms(model, size, options or Options())
         timings = _measured(made, where, size, batch, rounds, seconds, clock)
     rows = tuple(_row(form, made[0], size, timings) for form in made)
     control = Ratio(**ratio(timings, _CONTROL, ORIGINAL))
@@ -225,8 +229,16 @@ def _measured(
     builders[_CONTROL] = builders[ORIGINAL]
     timings: Timings = {name: [] for name in builders}
     for _ in range(_BUILDS):
-        calls = {name: build() for name, build in builders.items()}
-        for name, times in interleaved(calls, rounds, seconds, clock).items():
+        try:
+            found = interleaved({name: build() for name, build in builders.items()}, rounds, seconds, clock)
+        except PadfreeError:
+            raise
+        except Exception as error:  # the model's own code, and the runtime's
+            raise PadfreeError(
+                f"the network does not run in {where.name} on batches of {batch}: "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        for name, times in found.items():
             timings[name] += times
     return timings
 

@@ -1,19 +1,18 @@
 """Candidates timed in turns, and compared as ratios turn by turn.
 
 Timings on a shared machine drift, so nothing is compared across processes or minutes. What is counted is the process's
-CPU time: with one thread that is the wall clock of an otherwise idle machine. Freed memory stays with the process:
-glibc by default returns large maps to the system and faults them in again, or not, depending on what was freed before,
-which moves single figures by a third either way.
+CPU time: with one thread that is the wall clock of an otherwise idle machine. Freed memory stays with the process
+meanwhile: glibc by default returns large maps to the system and faults them in again, or not, depending on what was
+freed before, which moves single figures by a third either way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -32,18 +31,18 @@ def interleaved(
         seconds: about how long one turn takes.
         clock: what tells the time, in seconds.
     """
-    _keep_memory()
-    for run in candidates.values():
-        run()
-        run()
-    once = _turn(next(iter(candidates.values())), 1, clock)
-    calls = max(1, min(_MOST_CALLS, int(seconds / max(once, 1e-7))))
-    timings: Timings = {name: [] for name in candidates}
-    for index in range(rounds):
-        order = list(candidates.items())
-        for name, run in order[index % len(order) :] + order[: index % len(order)]:
-            timings[name].append(_turn(run, calls, clock))
-    return timings
+    with _memory_kept():
+        for run in candidates.values():
+            run()
+            run()
+        once = _turn(next(iter(candidates.values())), 1, clock)
+        calls = max(1, min(_MOST_CALLS, int(seconds / max(once, 1e-7))))
+        timings: Timings = {name: [] for name in candidates}
+        for index in range(rounds):
+            order = list(candidates.items())
+            for name, run in order[index % len(order) :] + order[: index % len(order)]:
+                timings[name].append(_turn(run, calls, clock))
+        return timings
 
 
 def ratio(timings: Timings, name: str, base: str) -> dict[str, float]:
@@ -58,14 +57,24 @@ def milliseconds(timings: Timings) -> dict[str, float]:
     return {name: round(1e3 * statistics.median(times), 4) for name, times in timings.items()}
 
 
-@functools.cache
-def _keep_memory() -> None:
-    """Tell glibc's allocator to neither map nor trim; other allocators are left as they are."""
+@contextlib.contextmanager
+def _memory_kept() -> Iterator[None]:
+    """The allocator of glibc neither maps nor trims in the block, and is at its defaults after it; others stay."""
     trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of mallopt(3)
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for name, value in ((mmap_max, 0), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20)):
-            mallopt(name, value)
+    try:
+        libc = ctypes.CDLL(None)
+        set_to, trim = libc.mallopt, libc.malloc_trim
+    except (OSError, AttributeError):
+        yield
+        return
+    for name, value in ((mmap_max, 0), (trim_threshold, (1 << 31) - 1), (top_pad, 64 << 20)):
+        set_to(name, value)
+    try:
+        yield
+    finally:
+        for name, value in ((mmap_max, 1 << 16), (trim_threshold, 128 << 10), (top_pad, 128 << 10)):
+            set_to(name, value)
+        trim(0)
 
 
 def _turn(run: Call, calls: int, clock: Clock) -> float:

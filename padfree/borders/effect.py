@@ -15,6 +15,7 @@ from padfree.geometry import size_text
 from padfree.record.copies import bare_copy, kept_random_state
 from padfree.record.inputs import check_input_size, check_model, default_input_size
 from padfree.record.recording import record
+from padfree.record.trees import first_line
 
 SHIFTS = tuple(range(1, 9))
 _BATCH = 8  # images at a time
@@ -131,9 +132,9 @@ def _run(model: nn.Module, batch: Tensor, found: Sequence[Place], around: int) -
     try:
         return run(model, batch, found, around)
     except Exception as error:  # whatever a model raises at a size that it does not take
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PadfreeError(
-            f"{type(model).__name__} does not run on {size_text(batch.shape[1:])}, which border_effect needs: {first}"
+            f"{type(model).__name__} does not run on {size_text(batch.shape[1:])}, which border_effect needs: "
+            f"{first_line(error)}"
         ) from error
 
 

@@ -40,6 +40,8 @@ _POINTWISE = AFFINE | NONLINEAR | {
 }  # fmt: skip
 _REDUCTIONS = frozenset({"mean", "sum", "amax", "amin", "max", "var", "std", "linalg_vector_norm", "logsumexp", "prod"})
 _FRESH = frozenset({"new_empty", "new_zeros", "new_full", "new_ones", "empty_strided", "new_empty_strided"})
+_BUFFERS = _FRESH | {"zeros_like", "empty_like"}  # what forwards write maps into
+_WRITES = frozenset({"copy", "fill", "zero"})
 _OVER_MAP = frozenset({"native_group_norm"})
 
 
@@ -95,20 +97,33 @@ class Walk:
             out = self._unknown(op, f" ({type(error).__name__})")
         made = out if isinstance(out, list) else [out] * len(op.outputs)
         self.seen.update(zip(op.outputs, made, strict=False))
+        if kind in _WRITES and isinstance(out, Unknown):
+            self._lose(op.args[0][0], out)
+
+    def _lose(self, written: Any, reason: Unknown) -> None:
+        """A write that is not followed changes what the written tensor is a view of, too."""
+        while isinstance(written, Ref):
+            producer = self.values[written.value].producer
+            op = self.recording.ops[producer] if producer >= 0 else None
+            if op is None or plain_kind(op) not in _LAYOUT - {"clone"}:
+                return
+            written = op.args[0][0]
+            if isinstance(written, Ref):
+                self.seen[written.value] = reason
 
     def _unknown(self, op: Op, more: str = "") -> Unknown:
         where = path_of(self.recording, op) or "the model's own forward"
         return Unknown(f"{op.kind} in {where}{more}")
 
     def _of(self, op: Op, kind: str, lost: list[Unknown]) -> Seen | Unknown | list[Seen]:
-        if kind in _FRESH:
-            return self._buffer(op, kind)
+        if kind in _BUFFERS:
+            return self._buffer(op)
         if kind in LIKE:
-            return self._filled(op.outputs[0], kind)
+            return self._filled(op.outputs[0], op)
         if kind == "copy":
             return self._copy(op)
         first = self._operand(op.args[0][0]) if op.args[0] else None
-        if kind in _POINTWISE | NORMS and isinstance(first, Seen):
+        if (kind in NORMS and isinstance(first, Seen)) or (kind in _POINTWISE and op.inputs and not lost):
             return self._pointwise(op, kind)
         if lost:
             return lost[0]
@@ -163,11 +178,7 @@ class Walk:
         shape = self.values[op.outputs[0]].shape
         operands = op.inputs[:1] if kind in NORMS else op.inputs
         full = [value for value in operands if self.values[value].shape == shape]
-        found = [self.seen[value] for value in full]
-        for each in found:
-            if isinstance(each, Unknown):
-                return each
-        known = [each for each in found if isinstance(each, Seen)]
+        known = [each for each in map(self.seen.get, full) if isinstance(each, Seen)]
         known = [each for each in known if not each.field.blank] or known  # what an activation compares with
         if not known:
             return self._unknown(op)
@@ -250,17 +261,16 @@ class Walk:
         if isinstance(seen, Seen):
             return seen
         producer = self.values[ref.value].producer
-        return self._filled(ref.value, self.recording.ops[producer].kind if producer >= 0 else "")
+        return self._filled(ref.value, self.recording.ops[producer] if producer >= 0 else None)
 
-    def _filled(self, value: ValueId, maker: str) -> Seen:
+    def _filled(self, value: ValueId, maker: Op | None) -> Seen:
         """A tensor that sees nothing of the image."""
-        filled = fields.constant(0.0 if "zeros" in maker or "empty" in maker else 1.0)
+        filled = fields.constant(1.0 if maker is None else _fill(maker))
         return Seen(filled, torch.zeros((), dtype=torch.long).expand(self.values[value].shape))
 
-    def _buffer(self, op: Op, kind: str) -> Seen:
+    def _buffer(self, op: Op) -> Seen:
         shape = self.values[op.outputs[0]].shape
-        blank = fields.constant(1.0 if kind in ("new_full", "new_ones") else 0.0)
-        return Seen(Buffer(blank), torch.zeros(shape, dtype=torch.long))
+        return Seen(Buffer(fields.constant(_fill(op))), torch.zeros(shape, dtype=torch.long))
 
     def _copy(self, op: Op) -> Seen | Unknown:
         """Written into a buffer: the tables share memory, as the tensors do."""
@@ -311,6 +321,13 @@ class Walk:
         if rows.shape[1] == 1:
             return Seen(source.field, rows.view(index.shape[:kept]))
         return Seen(fields.chosen(source.field, rows), torch.arange(len(rows)).view(index.shape[:kept]))
+
+
+def _fill(maker: Op) -> float:
+    """0 for a tensor that is made of zeros (padding, where it meets a map), 1 for one of other values."""
+    kind = plain_kind(maker)
+    zeros = "zeros" in kind or "empty" in kind or ("full" in kind and maker.args[0][-1] == 0)
+    return 0.0 if zeros else 1.0
 
 
 def _axes(given: Any, dimensions: int) -> list[int]:

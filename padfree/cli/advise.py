@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from padfree.advise.advice import advise
+from padfree.advise.runtimes import runtime
 from padfree.cli.terminal import printing
 from padfree.errors import PadfreeError
 from padfree.files.writing import replacing
@@ -38,13 +39,17 @@ def check(arguments: argparse.Namespace) -> None:
     Raises:
         PadfreeError: there is such a flag.
     """
-    for name in _CONVERTING:
-        if arguments.advise is not None and getattr(arguments, name):
-            flag = "--" + name.replace("_", "-")
-            raise PadfreeError(f"--advise compares the forms of a network and converts nothing: leave out {flag}")
+    if arguments.advise is None:
+        return
+    runtime(arguments.advise)  # an unknown one, or one that is not installed, is refused before anything is built
+    asked = [name for name in _CONVERTING if getattr(arguments, name)]
+    asked += ["init"] if arguments.init != "auto" else []
+    if asked:
+        flag = "--" + asked[0].replace("_", "-")
+        raise PadfreeError(f"--advise compares the forms of a network and converts nothing: leave out {flag}")
 
 
-def run(build: Callable[[], nn.Module], runtime: str, options: Options, size: Size, targets: Targets) -> None:
+def run(build: Callable[[], nn.Module], where: str, options: Options, size: Size, targets: Targets) -> None:
     """Build a network, measure its forms, and print the advice or write it as JSON.
 
     Raises:
@@ -53,7 +58,7 @@ def run(build: Callable[[], nn.Module], runtime: str, options: Options, size: Si
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
         warnings.simplefilter("ignore")
         try:
-            found = advise(build(), runtime=runtime, input_size=size, options=options)
+            found = advise(build(), runtime=where, input_size=size, options=options)
         except SystemExit as error:
             raise PadfreeError(f"the code of the network ended the program ({error.code})") from error
     text = json.dumps(found.to_dict(), indent=2)

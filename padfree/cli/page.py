@@ -46,6 +46,8 @@ def write_report(
         files = image_files(arguments.images, most=_IMAGES, flag="--images", least=1)
         images = batches(original, scene_size(original, made.input_size), files, flag="--images")
     trained = "Weights: the library's" if arguments.pretrained else "Weights: random"
+    if source.library == "factory":
+        trained = f"Weights: as {source.name} returns them"
     weights = f"Weights: {arguments.checkpoint}" if arguments.checkpoint is not None else trained
     said = f"{weights}; {told}" if told else f"{weights}; new layers are untrained"
     write_page(

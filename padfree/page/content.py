@@ -14,7 +14,7 @@ from padfree.borders.footprint import footprint
 from padfree.borders.layers import Footprint, FootprintChange, Layer, made_by
 from padfree.borders.results import BorderEffect
 from padfree.files.sources import Source
-from padfree.geometry import size_text
+from padfree.geometry import share_text, size_text
 from padfree.page.costs import Cost, costs
 from padfree.page.pictures import picture
 from padfree.record.copies import kept_random_state
@@ -92,7 +92,7 @@ def _figures(comparison: Comparison, change: FootprintChange) -> list[tuple[str,
     rows: list[tuple[str, str, str]] = [
         ("parameters", _number(params.original), _number(params.converted)),
         ("multiply-adds (fvcore)", _number(macs.original), _number(macs.converted)),
-        ("output's paths that end in padding", _share(share[0]), _share(share[1])),
+        ("output's paths that end in padding", share_text(share[0]), share_text(share[1])),
         ("pixels that nothing reads", _number(change.before.unread), _number(change.after.unread)),
     ]
     shown = "unknown" if least is None else f"{least} x {least}"
@@ -111,7 +111,7 @@ def _strip(title: str, found: Footprint, comparison: Comparison, which: int) -> 
         shown = last[-1].padded if last and boxes else None
         width, height = size[1] * scale, size[0] * scale
         share = None if shown is None else float(shown.mean())
-        text = "the image" if not boxes else f"{_share(share)} of the paths end in padding"
+        text = "the image" if not boxes else f"{share_text(share)} of the paths end in padding"
         boxes.append(
             {
                 "x": round(left, 1),
@@ -217,8 +217,8 @@ def _pair(old: Layer | None, new: Layer | None) -> dict[str, Any]:
                 "unknown": layer.unknown,
                 "padded": _map(layer.padded),
                 "outside": _map(layer.outside),
-                "taps": "" if reads is None else _share(reads.taps),
-                "sides": [] if reads is None else [_share(side) for side in reads.sides],
+                "taps": "" if reads is None else share_text(reads.taps),
+                "sides": [] if reads is None else [share_text(side) for side in reads.sides],
             }
         )
     return {"name": either.name or "the model's own forward", "kind": made_by(either), "sides": sides}
@@ -228,7 +228,7 @@ def _map(values: Tensor | None) -> dict[str, str] | None:
     if values is None:
         return None
     mean, worst = float(values.mean()), float(values.max())
-    return {"picture": picture(values), "mean": _share(mean), "worst": _share(worst)}
+    return {"picture": picture(values), "mean": share_text(mean), "worst": share_text(worst)}
 
 
 def _effects(before: BorderEffect, after: BorderEffect) -> dict[str, Any]:
@@ -266,23 +266,14 @@ def _effects(before: BorderEffect, after: BorderEffect) -> dict[str, Any]:
 def _code(request: Request) -> str:
     """Python that makes the converted network from the plan that the page holds."""
     source = request.source
-    given = "".join(f", {key}={value!r}" for key, value in source.kwargs.items())
-    builders = {
-        "timm": ("import timm", f"timm.create_model({source.name!r}{given})"),
-        "torchvision": ("import torchvision", f"torchvision.models.get_model({source.name!r}{given})"),
-        "bsconv": ("from bsconv.pytorch import get_model", f"get_model({source.name!r}{given})"),
-    }
-    module, _, factory = source.name.partition(":")
-    imports, build = builders.get(
-        source.library, (f"from {module} import {factory}", f"{factory}({given.removeprefix(', ')})")
-    )
     return "\n".join(
         (
             "import json",
-            imports,
             "import padfree",
+            "from padfree.files.sources import Source",
             "",
-            f"model = {build}",
+            f"model = Source({source.library!r}, {source.name!r}, {dict(source.kwargs)!r}).create()",
+            "# the library's initial weights: load yours here; layers that were calibrated begin as the plan says",
             'plan = padfree.Plan.from_dict(json.load(open("plan.json")))  # the text under "The plan"',
             "converted = plan.apply(model)",
             f"print(padfree.footprint(model, {request.plan.input_size!r}).compare(padfree.footprint(converted)))",
@@ -292,7 +283,3 @@ def _code(request: Request) -> str:
 
 def _number(value: int | None) -> str:
     return "unknown" if value is None else f"{value:,}"
-
-
-def _share(value: float | None) -> str:
-    return "unknown" if value is None else "0" if not value else f"{value:.1%}"

@@ -21,7 +21,7 @@ def write_page(path: Path, request: Request) -> None:
     """
     text = render(content(request))
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may be no text
 
 
 def check_extra() -> None:

@@ -102,6 +102,7 @@ def test_the_forms_are_measured_and_the_network_stays() -> None:
     model = network().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     bench, seen, threads = Bench(), [], torch.get_num_threads()  # type: ignore[var-annotated]
+    generator = torch.get_rng_state()
     advice = padfree.advise(
         model, runtime=by_macs(bench, seen), input_size=SIZE, batch=2, rounds=2, seconds=0, clock=bench.clock
     )
@@ -116,6 +117,7 @@ def test_the_forms_are_measured_and_the_network_stays() -> None:
     assert next(row.macs for row in advice.rows) == padfree.compare(model, seen[3], SIZE).macs.original
     assert [row.minimum_input for row in advice.rows][::3] == [1, padfree.compare(model, seen[3], SIZE).minimum_input]
     assert model.training and not padfree.is_converted(model) and torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     text = str(advice)
     assert max(map(len, text.splitlines())) <= 80 and "recommended: original" in text
@@ -143,6 +145,7 @@ def test_a_form_that_does_not_exist_says_so() -> None:
     [
         ({"runtime": "abacus"}, "no runtime 'abacus' to measure in; there are fused, eager, onnxruntime"),
         ({"batch": 0}, "batch is 0"),
+        ({"rounds": 0}, "rounds is 0"),
         ({"input_size": (3, 32)}, "input_size"),
     ],
 )
@@ -203,7 +206,14 @@ def test_the_command_line_advises(
 
 @pytest.mark.parametrize(
     "flags",
-    [["--plan-only"], ["--output", "x.safetensors"], ["--rules", "stem"], ["--calibrate", "."], ["--report", "x.html"]],
+    [
+        ["--plan-only"],
+        ["--output", "x.safetensors"],
+        ["--rules", "stem"],
+        ["--calibrate", "."],
+        ["--report", "x.html"],
+        ["--init", "preserve"],
+    ],
 )
 def test_advice_converts_nothing(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--timm", "lcnet_035", "--advise", *flags]) == 2

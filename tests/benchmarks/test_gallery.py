@@ -47,7 +47,7 @@ def test_a_network_before_and_after(tmp_path: Path) -> None:
 def test_a_network_that_nothing_is_done_to(tmp_path: Path) -> None:
     row, part = gallery.entry("factory:own_of_gallery:plain", tmp_path)
     assert "→" not in row
-    assert "Nothing is converted" in part
+    assert "Nothing to convert in" in part and "stride" in part
 
 
 def test_the_last_map_of_each_size() -> None:

@@ -145,6 +145,12 @@ def test_the_receptive_field_of_a_chain() -> None:
     assert outside[0, 0] == pytest.approx(1 - (14 / 27) ** 2)
 
 
+def _moved(out: Tensor, x: Tensor) -> Tensor:
+    """The map two columns further to the left, as networks of shifts write it."""
+    out[:, :, :, :-2] = x[:, :, :, 2:]
+    return out
+
+
 CHAINS: dict[str, Callable[[], nn.Module]] = {
     "stride": lambda: nn.Sequential(conv(3, 2, 1), nn.ReLU(), conv(5, 2, 2), conv(3, 1, 1)),
     "dilation": lambda: nn.Sequential(conv(3, 1, 2, dilation=2), conv(3, 2, 2, dilation=2)),
@@ -165,6 +171,12 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
         lambda s, x: s.b(s.a(x).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), a=conv(3, 2, 1), b=conv(3, 1, 1)
     ),
     "crop": lambda: Written(lambda s, x: s.b(s.a(x)[:, :, 1:, :-2]), a=conv(5, 2, 2), b=conv(3, 1, 1)),
+    "written into zeros": lambda: Written(lambda s, x: s.a(_moved(torch.zeros_like(x), x)), a=conv(3, 2)),
+    "written into a full one": lambda: Written(lambda s, x: s.a(_moved(x.new_full(x.shape, 0.0), x)), a=conv(3, 2)),
+    "a full part of zeros": lambda: Written(
+        lambda s, x: s.a(torch.cat([torch.full_like(x[:, :, :2], 0.0), x], 2)), a=conv(3, 2)
+    ),
+    "a parameter first": lambda: Written(lambda s, x: s.a(s.b.weight.flatten() * x), a=conv(3, 2, 1), b=conv(1)),
     "zeros written around": lambda: Written(
         lambda s, x: s.a(torch.cat([torch.zeros_like(x[:, :, :2]), x], 2)), a=conv(3, 2)
     ),
@@ -263,6 +275,29 @@ def test_what_is_not_understood_is_named() -> None:
     assert found["a"].unknown == ""
     assert any("not followed past _fft" in note for note in found.notes)
     assert "?" in str(found)
+
+
+def test_a_write_into_a_map_is_named() -> None:
+    def forward(s: Written, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, :, :2] = 0
+        return s.a(x)
+
+    found = padfree.footprint(Written(forward, a=conv(3, 1, 1)), (1, 8, 8))
+    assert found.outputs == {"": None} and any("not followed past" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_gate_that_is_not_understood_is_no_gate_left_out(turned: bool) -> None:
+    """It may read what nothing else does."""
+
+    def forward(s: Written, x: Tensor) -> Tensor:
+        y = s.a(x)
+        gate = x.flatten(2).topk(3)[0][..., :1, None]
+        return gate * y if turned else y * gate
+
+    found = padfree.footprint(Written(forward, a=conv(3, 2)), (1, 8, 8))
+    assert found.outputs == {"": None} and found.read is None
 
 
 # what padding-free downsampling does

@@ -116,6 +116,7 @@ def test_it_can_be_read_without_eyes_and_without_a_mouse(page: str) -> None:
     images = parsed.all("img")
     assert len(images) >= 8
     assert all(image.get("alt") for image in images)
+    assert len(parsed.all("svg")) == 2  # the strip before and after
     assert all(picture.get("aria-label") for picture in parsed.all("svg"))
     ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
     assert len(set(ids)) == len(ids)
@@ -123,6 +124,7 @@ def test_it_can_be_read_without_eyes_and_without_a_mouse(page: str) -> None:
     assert {"#maps", "#places", "#costs", "#footprint", "#effect", "#again", "#content"} == set(links)
     assert all(link is not None and link[1:] in ids for link in links)
     scrolled = [div for div in parsed.all("div") if div.get("class") == "scroll"]
+    assert len(scrolled) >= 5
     assert all(div.get("tabindex") == "0" and div.get("aria-label") for div in scrolled)
     assert page.count("<label>") == len(parsed.all("input")) == 3
     assert all(cell.get("scope") for cell in parsed.all("th"))
@@ -206,8 +208,7 @@ def test_the_command_writes_a_page(
     text = Path("page.html").read_text()
     assert "Measured on 2 images" in text
     assert "padfree-convert --model own_of_page:make --input-size 3 32 32 --report page.html --images ." in text
-    assert "Weights: random; new layers are untrained." in text
-    assert "from own_of_page import make" in text
+    assert "Weights: as own_of_page:make returns them; new layers are untrained." in text
 
 
 @pytest.mark.parametrize(
