@@ -44,7 +44,7 @@ from padfree.convert import is_converted
 from padfree.deploy.frozen import is_fused
 from padfree.errors import PadfreeError
 from padfree.record.copies import bare_copy, kept_generators
-from padfree.record.inputs import check_model
+from padfree.record.inputs import check_model, like_of
 from padfree.record.recording import record
 from padfree.record.trees import first_line
 from padfree.types import PlanData
@@ -67,6 +67,7 @@ _ONCE = ("tail", "rescale", "merge", "absorb")  # what takes the network as the 
 # say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
 _BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
 _MARK = "padfree_calibrated"
+_DONE = "done before, and places converted since are left, too; to do it again, convert the original anew"
 _WORSE = 1e-4  # of an error, by which it must grow to be one
 
 
@@ -102,9 +103,14 @@ def calibrate(
     chosen = _steps(steps, original)
     _check(converted, original)
     started = time.perf_counter()
-    with torch.inference_mode(False), torch.no_grad(), kept_generators():
+    exact = torch.autocast(like_of(converted).device.type, enabled=False)  # it would go on with casts of old weights
+    with torch.inference_mode(False), torch.no_grad(), kept_generators(), exact:
         images = checked(batches, converted)
         train, held = divided(images)
+        if sum(map(len, held)) < 2:
+            raise PadfreeError(
+                f"{sum(map(len, images))} images are too few: two must be held back to measure on; pass some hundred"
+            )
         work = _work(converted, original, train, held)
         marked: tuple[str, ...] = converted.__dict__.get(_MARK, ())
         work.done = marked
@@ -168,7 +174,8 @@ def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor],
         recording = record(converted, size)
     except PadfreeError as error:
         raise PadfreeError(f"the batches do not fit: {error}") from error
-    work = Work(_shared(converted), None if original is None else _shared(original), train, held, Places(recording))
+    before = None if original is None else bare_copy(original, original.parameters())
+    work = Work(_shared(converted), before, train, held, Places(recording))
     work.absorbs = _absorbs(converted.__dict__.get("padfree_plan"))
     try:
         found = [outputs(work.model, images) for images in measured(work.held)]
@@ -176,9 +183,22 @@ def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor],
         raise PadfreeError(f"the batches do not fit: {type(error).__name__}: {first_line(error)}") from error
     if not all(bool(tensor.isfinite().all()) for batch in found for tensor in batch):
         raise PadfreeError(f"the outputs of {type(converted).__name__} on these images are not finite")
+    _check_replay(work)
     if work.original is not None:
         work.expected = _expected(work.original, measured(work.held), found)
     return work
+
+
+def _check_replay(work: Work) -> None:
+    """Refuse a network whose forward bakes numbers of its images into what was written down of it."""
+    stream = work.stream()
+    for index, images in ((0, work.train[0]), (work.first_held, work.held[0])):
+        for mine, true in zip(stream.outputs(index), outputs(work.model, images), strict=True):
+            if not torch.allclose(mine, true, rtol=1e-2, atol=1e-3 * float(true.abs().max())):
+                raise PadfreeError(
+                    f"what {type(work.model).__name__} computes depends on numbers that its forward reads off the "
+                    "images (.item(), float()), which calibration cannot follow; compute with tensors there"
+                )
 
 
 def _shared(model: nn.Module) -> nn.Module:
@@ -228,7 +248,14 @@ def _step(work: Work, name: str, before: float) -> CalibrationStep:
 
 def _undone(name: str) -> CalibrationStep:
     nothing = (math.nan,) * 4
-    return CalibrationStep(name, 0, True, *nothing, 0.0, ("done before; convert anew to do it again",))
+    return CalibrationStep(
+        name,
+        0,
+        True,
+        *nothing,
+        0.0,
+        (_DONE,),
+    )
 
 
 def _is_worse(before: float, after: float) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from padfree.adapt.solve import Moments
 from padfree.adapt.tape import Tape
@@ -24,6 +24,7 @@ def solve_classifier(work: Work) -> Outcome:
         not work.expected
         or step is None
         or layer is None
+        or (isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups != 1))
         or weight is None
         or stream.tape(0).steps[step].path in work.tied
     ):

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from padfree.errors import PadfreeError
+from padfree.record.inputs import like_of
 
 HELD = 5  # one of so many is held back
 _MEASURED = 128  # images on which outputs are compared
@@ -24,7 +24,7 @@ def checked(batches: Iterable[Any], model: nn.Module) -> list[Tensor]:
     if isinstance(batches, (Tensor, str, bytes, dict)) or not isinstance(batches, Iterable):
         what = f"a tensor of shape {tuple(batches.shape)}" if isinstance(batches, Tensor) else type(batches).__name__
         raise PadfreeError(f"batches is {what}; pass a list of tensors (N, C, H, W), or a loader that yields them")
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = like_of(model)
     found = [_checked(batch, index).to(like.device, like.dtype) for index, batch in enumerate(batches)]
     if not found:
         raise PadfreeError("batches is empty; pass some hundred unlabelled images, such as 20 batches of 64")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from padfree.adapt.work import Norm, Outcome, Work, mean_and_variance, pooled
-from padfree.layers.counting import counting, counts
+from padfree.layers.counting import countable, counting, counts
 from padfree.layers.new import new_layers
 from padfree.layers.preserve import running_norm
 
@@ -49,7 +49,7 @@ def recalibrate(work: Work) -> Outcome:
     measured = {path: Norm(module) for path, module in norms.items()} if not work.expected else {}
     errors = [mismatch(measured[path], *found) for path, found in _held(work, measured)]
     with counting(norms.values()):
-        for images in work.train:
+        for images in countable(work.train):
             work.model(images.clone())
     after = [mismatch(measured[path], *found) for path, found in _held(work, measured)]
     pairs = list(zip(errors, after, strict=True)) or [(math.nan, math.nan)] * len(norms)

@@ -13,7 +13,7 @@ from padfree.borders.results import BorderEffect, LayerEffect, Shift
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 from padfree.record.copies import bare_copy, kept_random_state
-from padfree.record.inputs import check_input_size, check_model, default_input_size
+from padfree.record.inputs import check_input_size, check_model, default_input_size, like_of
 from padfree.record.recording import record
 from padfree.record.trees import first_line
 
@@ -142,7 +142,7 @@ def _batches(
     model: nn.Module, images: Tensor | Iterable[Tensor], size: tuple[int, ...], around: int
 ) -> Iterable[Tensor]:
     """Scenes of exactly the size needed, a few at a time, of the model's type and on its device."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = like_of(model)
     needed = (size[0], size[1] + 2 * around, size[2] + 2 * around)
     for batch in [images] if isinstance(images, Tensor) else images:
         if not isinstance(batch, Tensor) or batch.dim() not in (3, 4) or not batch.is_floating_point():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from padfree.layers.preserve import own_tensors, running_norm
 
@@ -15,6 +15,12 @@ def counts(module: nn.Module) -> bool:
     """Whether a module is a norm that updates its running statistics in train mode: no frozen one, no other module."""
     counted = "num_batches_tracked" in own_tensors(module) and hasattr(module, "momentum")
     return running_norm(module) is module and counted
+
+
+def countable(batches: Iterable[Tensor]) -> list[Tensor]:
+    """Batches of more than one image, if there are any: of a single one a norm behind a global pool has no variance."""
+    found = list(batches)
+    return [batch for batch in found if len(batch) > 1] or found
 
 
 @contextmanager

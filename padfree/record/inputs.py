@@ -10,14 +10,18 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 
-__all__ = ["check_input_size", "check_model", "default_input_size", "example_inputs", "random_images"]
+__all__ = ["check_input_size", "check_model", "default_input_size", "example_inputs", "like_of", "random_images"]
 
 
 def random_images(model: nn.Module, size: tuple[int, ...], batch: int = 1) -> torch.Tensor:
     """(batch, *size) of values from 0 to 1, the same at every call, of the model's type and on its device."""
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.rand((batch, *size), generator=torch.Generator().manual_seed(0))
-    return images.to(weight.device, weight.dtype)
+    return images.to(like_of(model))
+
+
+def like_of(model: nn.Module) -> torch.Tensor:
+    """What images for a model are like in type and device: its first floating-point parameter, or an empty tensor."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
 _MOST_CHANNELS = 16  # of an image

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from padfree.errors import PadfreeError
 from padfree.layers.separable import BSConvS, nearest_s, nearest_u
 from padfree.record.copies import bare_copy
+from padfree.record.inputs import like_of
 from padfree.replacing.solve import Moments, fit_s, fit_u
 
 _VALUES = 1 << 25  # unfolded at a time
@@ -43,7 +44,7 @@ def as_batches(batches: Any, model: nn.Module) -> list[Tensor]:
     Raises:
         PadfreeError: there are none, or one is no batch of finite images.
     """
-    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    like = like_of(model)
     found: list[Tensor] = []
     if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
         raise PadfreeError(f"batches is {type(batches).__name__}; pass an iterable of image batches (N, C, H, W)")
@@ -55,7 +56,7 @@ def as_batches(batches: Any, model: nn.Module) -> list[Tensor]:
             raise PadfreeError(f"batch {len(found)} is {what}{kind}; each is a floating-point tensor (N, C, H, W)")
         if not bool(images.isfinite().all()):
             raise PadfreeError(f"batch {len(found)} has pixels that are not finite")
-        found.append(images.to(weight.device, weight.dtype))
+        found.append(images.to(like.device, like.dtype))
     if not found:
         raise PadfreeError("batches is empty; the fit needs images (a hundred or two are enough)")
     return found
@@ -81,7 +82,7 @@ def fit_outputs(
     Raises:
         PadfreeError: what a layer passes on is not finite.
     """
-    before = bare_copy(original, [*original.parameters(), *original.buffers()])
+    before = bare_copy(original, original.parameters())
     now = bare_copy(replaced, [*replaced.parameters(), *replaced.buffers()])  # their tensors are the same
     done: list[Fitted] = []
     for name, calls in order.items():
@@ -128,15 +129,16 @@ def _seen(model: nn.Module, name: str, calls: int, images: Tensor) -> list[tuple
     """What a module reads and writes in its first calls of a forward, which ends there."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        seen.append((args[0].detach().clone(), out.detach().clone()))  # what follows may write into them
+    def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], out: Tensor) -> None:
+        read = args[0] if args else named["input"]
+        seen.append((read.detach().clone(), out.detach().clone()))  # what follows may write into them
         if len(seen) == calls:
             raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(hook)
+    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
         with suppress(_Reached):
-            model(images)
+            model(images.clone())
     finally:
         handle.remove()
     return seen
@@ -158,7 +160,7 @@ def called(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, 
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
     try:
-        model(images[:1])
+        model(images[:1].clone())
     except Exception as error:  # the model's own code, which may raise anything
         raise PadfreeError(
             f"the network does not take batches of {tuple(images.shape)}: {type(error).__name__}: {error}"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from padfree.layers.counting import counting, counts
+from padfree.layers.counting import countable, counting, counts
 from padfree.record.copies import in_mode
 
 
@@ -20,6 +20,6 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """
     norms = [module for module in model.modules() if counts(module)]
     with in_mode(model.modules(), False), counting(norms):
-        for batch in batches:
-            model(batch)
+        for batch in countable(batches):
+            model(batch.clone())  # what the network may write into
     return len(norms)

@@ -118,7 +118,7 @@ def replace(
         PadfreeError: the model, an argument or a batch is refused, with the reason.
     """
     if batches is not None:
-        if kind == "learned-groups" or init == "fresh":
+        if kind == "learned-groups" or init not in (None, "svd"):
             raise PadfreeError(
                 f"batches are for the values of bsconv-u and bsconv-s, not for {kind!r} with init={init!r}"
             )
@@ -132,21 +132,37 @@ def replace(
         if include is None and any(isinstance(module, _LAYERS[kind]) for module in model.modules()):
             return model
         raise NothingToConvertError(_nothing(model, kind, prepared))
-    before, images, order = model, [], {}
-    if batches is not None:
-        images = as_batches(batches, model)
-        before = bare_copy(model, [*model.parameters(), *model.buffers()])
-        order = called(before, [match.name for match in prepared.matches], images[0])
     made = Plan.of(model, request, prepared)
+    if batches is None:
+        return _carried_out(model if inplace else full_copy(model), prepared, made)
+    images = as_batches(batches, model)
+    before = bare_copy(model, model.parameters())
+    names = [match.name for match in prepared.matches]
+    for first in {tuple(batch.shape[1:]): batch for batch in reversed(images)}.values():
+        order = called(before, names, first)  # whether every size is taken; the last one is the first batch's
+    target = _carried_out(full_copy(model), prepared, made)  # so that `model` stays as it was where the fit fails
+    with torch.autocast(images[0].device.type, enabled=False):  # it would go on with casts of old weights
+        fit_outputs(before, target, order, images, progress)
+        if norms:  # through a copy of the same tensors without hooks
+            reestimate_norms(bare_copy(target, _tensors(target)), images)
+    if not inplace:
+        return target
+    _carried_out(model, prepared, made)
+    with torch.inference_mode(False), torch.no_grad():
+        for mine, found in zip(_tensors(model), _tensors(target), strict=True):
+            mine.copy_(found)
+    return model
+
+
+def _carried_out(target: nn.Module, prepared: Prepared, made: Plan) -> nn.Module:
     with torch.inference_mode(False):
-        target = model if inplace else full_copy(model)
         perform(target, prepared.operations)
     target.__dict__["padfree_plan"] = made
-    if images:
-        fit_outputs(before, target, order, images, progress)
-    if images and norms:  # through a copy of the same tensors without hooks
-        reestimate_norms(bare_copy(target, [*target.parameters(), *target.buffers()]), images)
     return target
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _prepared(

@@ -17,6 +17,7 @@ from torch import nn
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 from padfree.layers.new import new_layers
+from padfree.record.copies import kept_generators
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
 from padfree.report.last_map import size_with_last_map
@@ -138,6 +139,7 @@ class Comparison:
         return "\n".join([self.model, *(f"  {label:<{width}}  {text}" for label, text in self.rows())])
 
 
+@kept_generators()
 def compare(original: nn.Module, converted: nn.Module, input_size: Size | None = None) -> Comparison:
     """Compare a network with its converted form.
 
