@@ -12,8 +12,6 @@ differences are taken seed by seed. Finished cells are kept in `--json`, and a r
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import statistics
 import sys
 import time
@@ -23,7 +21,7 @@ import torch
 
 from benchmarks.ablation_page import page, picture
 from benchmarks.images import Images, Split, images
-from benchmarks.training import RATE, Cell, accuracy, arguments_of, cells, fit, marks, original, predictions, report
+from benchmarks.training import RATE, Cell, accuracy, arguments_of, fit, marks, original, predictions, run
 from padfree import recipes
 
 FAMILIES = ("resnet", "mobilenetv2", "mobilenetv3")
@@ -112,13 +110,7 @@ def main() -> int:
         for family in arguments.families
         for variant in VARIANTS
     ]
-    looked_at = functools.partial(measure, folder=arguments.json.parent / "originals")
-    if not arguments.report:
-        cells(keys, looked_at, arguments.json, ABOUT, arguments.jobs, arguments.restart)
-    print(report(arguments.json, page, arguments.markdown, arguments.picture))
-    if arguments.picture:
-        picture(json.loads(arguments.json.read_text())["cells"], arguments.picture)
-    return 0
+    return run(arguments, keys, measure, ABOUT, page, picture)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import title
-from benchmarks.training import Cell, draw, spread
+from benchmarks.training import Cell, asked, draw, spread
 from padfree import recipes
 
 FEW = 3  # seeds
@@ -30,9 +30,10 @@ def page(found: Sequence[Cell], about: dict[str, Any], picture: str | None) -> s
     lines = [
         "# Ablation: stem, downsampling, and both",
         "",
-        "Written by `python -m benchmarks.ablation`, which goes on from what it has (`--report` measures nothing):",
+        f"Written by `python -m benchmarks.ablation {asked(found, 'data')}`, which goes on from what it has",
+        "(`--report` measures nothing; the default is 5 seeds and all data sets):",
         f"networks of `padfree.recipes.small` trained from scratch on {_steps(found)} batches of 64 at 32 pixels, SGD",
-        "with a learning rate of 0.1 and a cosine to 0, on photos (grey crops) and mnist5k; the last step's weights.",
+        "with a learning rate of 0.1 and a cosine to 0, the last step's weights; photos are grey crops.",
         "The variants of a seed share the source network's initial values, batches and augmentation. Figures are mean",
         "± sample standard deviation over seeds; differences are taken seed by seed, against the original of the same",
         "seed, in points.",

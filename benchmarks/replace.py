@@ -34,10 +34,10 @@ Data = tuple[Tensor, Tensor]
 
 def digits(train: bool) -> Data:
     """Images (N, 3, SIDE, SIDE), normalised, and classes: the training or the test part."""
-    from padfree.recipes.datasets import Digits
+    from padfree.recipes import bundled
     from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-    data = Digits(train, Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize((0.3,) * 3, (0.35,) * 3)]))
+    data = bundled.digits(train, Compose([Resize((SIDE, SIDE)), ToTensor(), Normalize((0.3,) * 3, (0.35,) * 3)]))
     return torch.stack([image for image, _ in data]), torch.tensor(data.targets)  # type: ignore[misc]
 
 

@@ -12,6 +12,7 @@ import argparse
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.clock import interleaved, machine, milliseconds, progress, ratio, title, write
-from benchmarks.latency import NETWORKS, PAPER, NotHere, build, plain_pools
+from benchmarks.latency import NETWORKS, PAPER, NotHere, build
+from padfree.kernels import pool
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -38,6 +40,11 @@ def step(model: nn.Module, layout: torch.memory_format, batch: int, side: int) -
         optimizer.step()
 
     return run
+
+
+def plain_pools() -> Any:
+    """Every pool as `F.max_pool2d` computes it, in the block."""
+    return mock.patch.object(pool, "_called", F.max_pool2d)
 
 
 def naive(run: Callable[[], None]) -> Callable[[], None]:

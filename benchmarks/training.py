@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import math
 import multiprocessing
@@ -208,17 +209,39 @@ def draw(panels: dict[str, dict[str, list[dict[Any, float]]]], target: Path, ste
     figure.savefig(target, dpi=110)
 
 
-def report(
-    path: Path, page: Callable[[list[Cell], dict[str, Any], str | None], str], markdown: Path | None, image: Path | None
-) -> str:
-    """The page of all cells in `path`, written to `markdown` where it is given; its picture is named beside it."""
-    known = json.loads(path.read_text())
-    found = sorted(known["cells"], key=lambda cell: cell["key"]["seed"])
-    text = page(found, known["machine"], image.name if image else None)
-    if markdown:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(text, encoding="utf-8")
-    return text
+def run(
+    arguments: argparse.Namespace,
+    keys: Sequence[Cell],
+    measure: Callable[..., Cell],
+    about: str,
+    page: Callable[[list[Cell], dict[str, Any], str | None], str],
+    picture: Callable[[list[Cell], Path], None],
+) -> int:
+    """Measure what is missing, print and write; cells of other keys stay in the file and out of the page."""
+    if not arguments.report:
+        looked_at = functools.partial(measure, folder=arguments.json.parent / "originals")
+        cells(keys, looked_at, arguments.json, about, arguments.jobs, arguments.restart)
+    if not arguments.json.is_file():
+        raise SystemExit(f"{arguments.json}: nothing was measured yet; leave --report out")
+    known = json.loads(arguments.json.read_text())
+    found = sorted((cell for cell in known["cells"] if cell["key"] in keys), key=lambda cell: cell["key"]["seed"])
+    if not found:
+        raise SystemExit(f"{arguments.json} has no cell of what was asked for")
+    if arguments.picture:
+        picture(found, arguments.picture)
+    text = page(found, known["machine"], arguments.picture.name if arguments.picture else None)
+    if arguments.markdown:
+        arguments.markdown.parent.mkdir(parents=True, exist_ok=True)
+        arguments.markdown.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+def asked(found: Sequence[Cell], flag: str) -> str:
+    """The flags that a page of these cells was made with."""
+    sets = list(dict.fromkeys(cell["key"][flag] for cell in found))
+    seeds = len({cell["key"]["seed"] for cell in found})
+    return f"--{flag if flag == 'data' else 'sets'} {' '.join(sets)} --seeds {seeds}"
 
 
 def arguments_of(parser: argparse.ArgumentParser, name: str) -> None:

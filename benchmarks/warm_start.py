@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
-import json
 import statistics
 import sys
 import time
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 
 import padfree
 from benchmarks.images import Images, images
-from benchmarks.training import BATCH, RATE, Cell, accuracy, arguments_of, cells, fit, marks, original, report
+from benchmarks.training import BATCH, RATE, Cell, accuracy, arguments_of, fit, marks, original, run
 from benchmarks.warm_start_page import page, picture
 
 ABOUT = "warm start: batches of 64, rate 0.1, cosine, weight decay 5e-4; 20 batches to calibrate"
@@ -228,13 +226,7 @@ def main() -> int:
         for family in SETS[name].families
         if family in arguments.families
     ]
-    looked_at = functools.partial(measure, folder=arguments.json.parent / "originals")
-    if not arguments.report:
-        cells(keys, looked_at, arguments.json, ABOUT, arguments.jobs, arguments.restart)
-    print(report(arguments.json, page, arguments.markdown, arguments.picture))
-    if arguments.picture:
-        picture(json.loads(arguments.json.read_text())["cells"], arguments.picture)
-    return 0
+    return run(arguments, keys, measure, ABOUT, page, picture)
 
 
 if __name__ == "__main__":

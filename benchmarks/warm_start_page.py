@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import title
-from benchmarks.training import Cell, draw, spread
+from benchmarks.training import Cell, asked, draw, spread
 
 ROWS = (
     "original",
@@ -34,7 +34,8 @@ def page(found: Sequence[Cell], about: dict[str, Any], picture: str | None) -> s
     lines = [
         "# Warm start: figures",
         "",
-        "Written by `python -m benchmarks.warm_start`, which goes on from what it has (`--report` measures nothing);",
+        f"Written by `python -m benchmarks.warm_start {asked(found, 'set')}`, which goes on from what it has",
+        "(`--report` measures nothing; the default is 5 seeds and all sets);",
         "[warm-start.md](warm-start.md) says what the rows are and how to read them. The original's accuracy is in",
         "percent of the test images; of all others, what is kept: their accuracy over the same original's, before any",
         "training. Mean ± sample standard deviation over seeds.",
@@ -96,20 +97,26 @@ def _controls(found: Sequence[Cell]) -> list[str]:
     return lines
 
 
-def _tuned(found: Sequence[Cell]) -> list[str]:
+def _tuned(everything: Sequence[Cell]) -> list[str]:
     lines: list[str] = []
-    for epochs in sorted({cell["key"]["epochs"] for cell in found if "tuned" in cell}, key=float):
-        mine = [cell for cell in found if cell["key"]["epochs"] == epochs]
+    for epochs in sorted({cell["key"]["epochs"] for cell in everything if "tuned" in cell}, key=float):
+        mine = [cell for cell in everything if cell["key"]["epochs"] == epochs]
         lines += [f"Fine-tuned for {epochs} epochs of 64 batches; minus the original before them, in points:", ""]
         lines += ["| network | seeds | " + " | ".join(TUNED.values()) + " | calibrate minus naive |"]
         lines += ["|" + "---|" * (len(TUNED) + 3)]
+        columns: dict[str, list[float]] = {name: [] for name in (*TUNED, "gain")}
         for family in _families(mine):
             curves = [cell["tuned"] for cell in mine if cell["key"]["family"] == family]
             bases = [_at(curve["original"], min) for curve in curves]
             ends = {name: [_at(curve[name], max) for curve in curves] for name in TUNED}
-            cells = [spread([a - b for a, b in zip(ends[name], bases, strict=True)], sign=True) for name in TUNED]
-            gain = spread([a - b for a, b in zip(ends["calibrate"], ends["naive"], strict=True)], sign=True)
-            lines.append(f"| {family} | {len(curves)} | " + " | ".join([*cells, gain]) + " |")
+            found = {name: [a - b for a, b in zip(ends[name], bases, strict=True)] for name in TUNED}
+            found["gain"] = [a - b for a, b in zip(ends["calibrate"], ends["naive"], strict=True)]
+            for name, values in found.items():
+                columns[name].append(statistics.fmean(values))
+            cells = [spread(values, sign=True) for values in found.values()]
+            lines.append(f"| {family} | {len(curves)} | " + " | ".join(cells) + " |")
+        means = [f"{statistics.fmean(values):+.1f}" for values in columns.values()]
+        lines.append("| mean of networks | | " + " | ".join(means) + " |")
         lines.append("")
     return lines
 

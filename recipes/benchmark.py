@@ -21,6 +21,7 @@ from padfree.errors import PadfreeError
 from padfree.files.sources import Source
 
 from .files import RecipeError, load
+from .variants import conversion
 
 DOCUMENT = {  # the networks of the document's table, by the names that it prints
     "resnet18": "torchvision:resnet18",
@@ -141,24 +142,25 @@ def lines(found: Sequence[Timing]) -> Iterator[str]:
 
 def _forms(name: str, side: int | None) -> tuple[int, list[nn.Module], str | None]:
     """The side of its images, a network and its padding-free form, and why that is missing."""
-    own, model = _original(DOCUMENT.get(name, name))
+    own, model, settings = _original(DOCUMENT.get(name, name))
     pixels = side or own
     try:
-        converted = padfree.convert(model, input_size=(3, pixels, pixels))
+        converted = padfree.convert(model, **{**settings, "input_size": (3, pixels, pixels)})
     except PadfreeError as error:
         return pixels, [model.eval()], str(error)
     return pixels, [model.eval(), converted.eval()], None
 
 
-def _original(name: str) -> tuple[int, nn.Module]:
+def _original(name: str) -> tuple[int, nn.Module, dict[str, Any]]:
+    """The side of its images, the network, and how it is converted: for a recipe, as that says."""
     if name.partition(":")[0] in LIBRARIES:
         source = Source.from_dict(name)
-        return (source.input_size or (SIDE,))[-1], source.create()
+        return (source.input_size or (SIDE,))[-1], source.create(), {}
     try:
         recipe = load(name)
     except RecipeError as error:
         raise RecipeError(f"{error}; networks of libraries are named such as torchvision:resnet18") from error
-    return recipe.model.input_side, recipe.build("original")
+    return recipe.model.input_side, recipe.build("original"), conversion(recipe, "padfree")
 
 
 @torch.no_grad()

@@ -126,6 +126,8 @@ class DataSpec(Section):
             raise ValueError("data.reader and dataset: timm go together")
         if self.dataset != "photos" and (self.crop_side is not None or self.grey):
             raise ValueError("data.crop_side and data.grey are settings of dataset photos alone")
+        if self.dataset not in ("photos", "timm") and (self.train_samples or self.eval_samples):
+            raise ValueError("data.train_samples and data.eval_samples are settings of datasets photos and timm")
         if self.skip_corrupt and not self.check_images:
             raise ValueError("data.skip_corrupt needs data.check_images, which finds them")
         return self

@@ -1,4 +1,4 @@
-"""Small networks of five families, for images of 32 or 64 pixels: 19,000 to 45,000 parameters, seconds to train.
+"""Small networks of five families, for images of 32 or 64 pixels: 24,000 to 45,000 parameters, seconds to train.
 
 Each has a stem of stride 2 and two more strided places, as the larger networks of its family have them after the same
 reduction: at 32 pixels the maps are 16, 8, 4, and 16, 7, 3 once padding-free.

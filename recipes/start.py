@@ -23,6 +23,7 @@ from padfree.files.checkpoint import load_checkpoint
 
 from .checkpoints import WEIGHTS, RunError, check_checkpoint, checkpoints, last_whole
 from .datasets import open_dataset
+from .images import readable
 from .models import build_model
 from .recipe import Recipe
 from .run_folder import read_run
@@ -33,14 +34,14 @@ SHORT, SHORT_SHARE, LONG_SHARE = 1, 0.1, 1 / 3  # epochs, and the part of the re
 _IMAGES = 64  # of a calibration batch: 20 of them are 1,280 images
 
 
-def started(recipe: Recipe, variant: str, seed: int, device: torch.device, quiet: bool = False) -> nn.Module:
+def started(recipe: Recipe, variant: str, seed: int, accelerator: Any, quiet: bool = False) -> nn.Module:
     """A variant of a recipe's network that goes on from the trained original of `start.checkpoint`.
 
     Args:
         recipe: with a `start`.
         variant: original (nothing is converted), padfree, stem-only or downsampling-only.
         seed: of the new layers' values, and of the images that calibration sees.
-        device: it is calibrated there.
+        accelerator: of Accelerate; it is calibrated on its device, and comes back on the CPU, like any other network.
         quiet: no progress bar.
 
     Raises:
@@ -57,10 +58,11 @@ def started(recipe: Recipe, variant: str, seed: int, device: torch.device, quiet
             return original
         converted = padfree.convert(original, **{**conversion(recipe, variant), "init": start.init})
     if start.calibrate:
-        original, converted = original.to(device).eval(), converted.to(device).eval()
-        batches = [images.to(device) for images in calibration_images(recipe, start.batches, seed)]
+        original, converted = (model.to(accelerator.device).eval() for model in (original, converted))
+        images = calibration_images(recipe, start.batches, seed, accelerator)
+        batches = [batch.to(accelerator.device) for batch in images]
         padfree.calibrate(converted, batches, original=original, progress=not quiet)
-    return converted.train()
+    return converted.cpu().train()
 
 
 def weights_file(path: Path) -> Path:
@@ -73,10 +75,10 @@ def weights_file(path: Path) -> Path:
         return path
     if (path / WEIGHTS).is_file():
         check_checkpoint(path)
-        folder, chosen = path.parent.parent, path
+        folder, chosen = path.absolute().parent.parent, path
     else:
         folder = path
-        _, about = read_run(folder)
+        read_run(folder)  # whose error tells more than that of a missing checkpoint
         last, progress, faults = last_whole(folder)
         if last is None or progress.best is None:
             raise faults[-1] if faults else RunError(f"{folder} has no checkpoint yet: no epoch was finished")
@@ -92,7 +94,7 @@ def weights_file(path: Path) -> Path:
     return chosen / WEIGHTS
 
 
-def calibration_images(recipe: Recipe, batches: int, seed: int) -> list[Tensor]:
+def calibration_images(recipe: Recipe, batches: int, seed: int, accelerator: Any) -> list[Tensor]:
     """Training images as they are tested, without their labels: `batches` tensors of up to 64 (N, 3, side, side).
 
     Raises:
@@ -100,6 +102,8 @@ def calibration_images(recipe: Recipe, batches: int, seed: int) -> list[Tensor]:
     """
     tested = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": recipe.data.eval})})
     dataset = open_dataset(tested, train=True)
+    if not isinstance(dataset, IterableDataset):
+        dataset = readable(accelerator, recipe, dataset, "training")
     generator = torch.Generator().manual_seed(seed)
     loader: Any = DataLoader(
         dataset,

@@ -37,6 +37,7 @@ from .checkpoints import (
     save_checkpoint,
 )
 from .condensing import begin_epoch, check_stages
+from .console import note
 from .evaluate import Scores, evaluate
 from .files import write_text
 from .loaders import eval_loader, set_epoch, train_loader
@@ -47,7 +48,7 @@ from .progress import ProgressBar
 from .recipe import Recipe
 from .run_folder import open_run
 from .schedules import make_optimizer, make_schedule, recompute
-from .start import rate, started
+from .start import peak, rate, started
 
 CHECK_EVERY = 10  # steps between looks at the loss, which make a GPU wait
 SEEDS = 2**31  # below it, a seed plus a process's number is one for every library
@@ -98,7 +99,7 @@ def train(run: Run) -> Progress:
         raise TrainingError(f"--seed is {run.seed}; give 0 to {SEEDS - 1}")
     recipe = run.recipe
     accelerator = _accelerator(run)
-    network = _network(run, accelerator.device)
+    network = _network(run, accelerator)
     check_images(network, recipe.model)
     check_stages(network, recipe.training, shown=accelerator.is_main_process)
     batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
@@ -107,11 +108,11 @@ def train(run: Run) -> Progress:
         return _epochs(run, accelerator, network, *batches)
 
 
-def _network(run: Run, device: torch.device) -> nn.Module:
+def _network(run: Run, accelerator: Any) -> nn.Module:
     """What to train; a run that goes on finds all its weights in its checkpoint."""
     if run.recipe.start is None or (run.resume and checkpoints(run.path)):
         return run.recipe.build(run.variant, seed=run.seed)
-    return started(run.recipe, run.variant, run.seed, device, run.quiet)
+    return started(run.recipe, run.variant, run.seed, accelerator, run.quiet)
 
 
 def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, test_batches: Any) -> Progress:
@@ -134,6 +135,8 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
     if progress.done:
         load_checkpoint(accelerator, evaluated, folder)
         recompute(recipe, optimizer, schedule.scheduler, shown=accelerator.is_main_process)
+        if recipe.start is not None and progress.done < recipe.training.epochs and accelerator.is_main_process:
+            note(f"the fine-tuning rate is that of {recipe.training.epochs} epochs: at most {peak(recipe):g}")
     epochs = recipe.training.epochs
     with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
         for number in range(progress.done + 1, epochs + 1):
@@ -264,7 +267,7 @@ def _open(run: Run, accelerator: Any, network: nn.Module) -> None:
     if accelerator.is_main_process:
         open_run(run.path, run.recipe, about, run.resume)
         plan = getattr(network, "padfree_plan", None)  # converted networks carry theirs
-        if plan is not None:
+        if plan is not None and not checkpoints(run.path):  # a run that goes on keeps what it began with
             write_text(run.path / "plan.json", json.dumps(plan.to_dict(), indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tensorboard")

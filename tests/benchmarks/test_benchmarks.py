@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import benchmarks
 from benchmarks import agreement, latency, shares
 
 pytest.importorskip("onnxruntime")
@@ -76,3 +79,8 @@ def test_latency_of_any_librarys_network() -> None:
     assert original(torch.randn(1, 3, 64, 64)).shape == converted(torch.randn(1, 3, 64, 64)).shape
     with pytest.raises(latency.NotHere, match="timm has no model 'nope'"):
         latency.build("timm:nope", 224)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(benchmarks.__file__).parent.glob("[a-z]*.py")))
+def test_every_benchmark_can_be_imported(name: str) -> None:
+    assert importlib.import_module(f"benchmarks.{name}").__doc__

@@ -26,6 +26,8 @@ def test_it_goes_on_where_it_was_stopped(
         figures = {"params": 1234, "cpu_seconds": 0.1, "error_of_logits": 0.5, "accuracy": 90.0, "norms": 91.0}
         return {**figures, "trained_on": 92.0 + epochs}
 
+    found, classes = replace.digits(False)
+    assert found.shape == (360, 3, 32, 32) and len(classes) == 360
     monkeypatch.setattr(replace, "digits", lambda train: images)
     monkeypatch.setattr(replace, "KINDS", ("bsconv-u",))
     monkeypatch.setattr(replace, "WAYS", {"package": lambda kind: "package", "svd": lambda kind: "svd"})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from padfree.recipes import benchmark
+from padfree.recipes import benchmark, load
 from padfree.recipes.cli import main
 from torch import Tensor, nn
 
@@ -77,8 +77,17 @@ def test_a_network_without_a_padding_free_form_is_timed_and_the_reason_told(
 def test_the_default_networks_are_the_documents() -> None:
     assert list(benchmark.DOCUMENT) == ["resnet18", "alexnet", "vgg16", "squeezenet", "mobilenet"]
     assert benchmark.BATCHES == (16, 1)
-    side, model = benchmark._original(benchmark.DOCUMENT["mobilenet"])
+    side, model, _ = benchmark._original(benchmark.DOCUMENT["mobilenet"])
     assert side == 224 and type(model).__name__ == "MobileNetV1"
+
+
+def test_a_recipe_is_timed_in_its_own_padding_free_form() -> None:
+    side, (_, timed), skipped = benchmark._forms("digits/ghostnet", None)
+    made = load("digits/ghostnet").build("padfree")
+    assert skipped is None and side == load("digits/ghostnet").model.input_side
+    assert timed.padfree_plan.options == made.padfree_plan.options
+    assert timed.padfree_plan.options.merge == "norm"  # not the default
+    assert timed.state_dict().keys() == made.state_dict().keys()
 
 
 @pytest.mark.parametrize(

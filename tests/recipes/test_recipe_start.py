@@ -7,12 +7,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from padfree.recipes import RecipeError, load, start
-from padfree.recipes.checkpoints import Progress, RunError
+from padfree.recipes.checkpoints import WEIGHTS, Progress, RunError
 from padfree.recipes.start import calibration_images, peak, rate, started, weights_file
 from padfree.recipes.train import Run, train
 from safetensors.torch import load_file, save_file
@@ -21,31 +22,16 @@ import padfree
 from padfree import PadfreeError
 from padfree.errors import FileError
 
-CPU = torch.device("cpu")
-DIGITS = """
-about: a small ResNet on digits of 16 pixels
-model: {builder: small, name: resnet, num_classes: 10, input_side: 16}
-conversion: {stem_residual: true}
-data:
-  dataset: digits
-  train:
-    - Resize: {size: [16, 16]}
-    - RandomCrop: {size: 16, padding: 2}
-    - ToTensor: {}
-  eval:
-    - Resize: {size: [16, 16]}
-    - ToTensor: {}
-  drop_last: true
-optimizer: {name: sgd, lr: 0.1, momentum: 0.9, weight_decay: 0.0005}
-schedule: {name: cosine}
-training: {epochs: 2, batch_size: 128}
-"""
+CPU = SimpleNamespace(  # what is asked of Accelerate's, in one process without accelerators
+    device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True
+)
 
 
 @pytest.fixture(scope="module")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, small_text: str) -> Path:
+    """The recipe that the other tests train, of a small ResNet."""
     path = tmp_path_factory.mktemp("start") / "small.yaml"
-    path.write_text(DIGITS)
+    path.write_text(small_text.replace("builder: bsconv, name: cifar_resnet20_bsconvu", "builder: small, name: resnet"))
     return path
 
 
@@ -132,10 +118,10 @@ def test_wrong_settings_are_told(change: str, words: str) -> None:
 
 def test_calibration_sees_training_images_as_they_are_tested(recipe_file: Path) -> None:
     recipe = load(recipe_file, ["start.checkpoint=x"])
-    first, again, other = (calibration_images(recipe, 2, seed) for seed in (0, 0, 1))
+    first, again, other = (calibration_images(recipe, 2, seed, CPU) for seed in (0, 0, 1))
     assert [tuple(batch.shape) for batch in first] == [(64, 3, 16, 16)] * 2
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[0], other[0])
-    assert [len(batch) for batch in calibration_images(recipe, 100, 0)] == [64] * 22 + [29]
+    assert [len(batch) for batch in calibration_images(recipe, 100, 0, CPU)] == [64] * 22 + [29]
     plain = load(recipe_file, ["data.train=[{Resize: {size: [16, 16]}}, {ToTensor: {}}]"])
     dataset = start.open_dataset(plain, train=True)
     seen = {dataset[index][0].numpy().tobytes() for index in range(1437)}
@@ -204,3 +190,23 @@ def test_every_step_has_its_rate_and_a_resumed_run_goes_on_with_it(
     go(recipe_file, tmp_path / "run", "padfree", *changes, "training.epochs=3", resume=True)
     recipe = load(recipe_file, [*changes, "training.epochs=3"])
     assert rates == pytest.approx([rate(recipe, index, 3 * steps) for index in range(2 * steps, 3 * steps)])
+
+
+def test_a_resumed_run_keeps_the_plan_that_it_began_with(recipe_file: Path, trained: Path, tmp_path: Path) -> None:
+    change = f"start.checkpoint={trained}"
+    go(recipe_file, tmp_path / "run", "padfree", change, "training.epochs=1")
+    plan = (tmp_path / "run" / "plan.json").read_bytes()
+    assert json.loads(plan)["init"] == "preserve"
+    go(recipe_file, tmp_path / "run", "padfree", change, "training.epochs=2", resume=True)
+    assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+
+
+def test_a_checkpoint_is_found_from_within_its_folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained / "checkpoints")
+    (first, *_) = sorted(Path().iterdir())
+    assert weights_file(first) == first / WEIGHTS
+
+
+def test_numbers_of_images_are_for_data_sets_that_have_them(recipe_file: Path) -> None:
+    with pytest.raises(RecipeError, match="settings of datasets photos and timm"):
+        load(recipe_file, ["data.train_samples=64"])
