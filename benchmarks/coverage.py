@@ -8,7 +8,8 @@ python -m benchmarks.coverage --fixed            # the sample that covers every 
 Each model is measured in a worker process: one that dies or takes too long costs its own row and nothing else.
 Finished rows are kept in benchmarks/.coverage-cache, so a run that is stopped goes on where it was, as long as
 padfree's code is the same; `--fresh` begins anew. A whole run writes docs/coverage.md and docs/coverage.csv. The exit
-status is 1 when padfree crashed, broke a model, changed old keys, or took too long.
+status is 1 when padfree crashed, broke a model, changed old keys, took too long, or converted a classifier and its
+feature extractor to networks that do not share weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 from benchmarks.catalogue import SAMPLE, all_sources
 from benchmarks.measure import Result, measure
-from benchmarks.tables import FAULTS, totals, write_tables
+from benchmarks.tables import FAULTS, misfits, totals, write_tables
 
 ROOT = Path(__file__).parent.parent
 CACHE = Path(__file__).parent / ".coverage-cache"
@@ -171,8 +172,9 @@ def run(names: Sequence[str], cache: Path, timeout: float, *, features: bool = T
             with cache.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             progress.update(task, advance=1, description=f"{row['status']:>8} {row['name']}")
-            if row["status"] in FAULTS:
-                progress.console.print(f"{row['status']}: {row['name']}: {row['reason']}", markup=False)
+            if row["status"] in FAULTS or misfits(row):
+                told = row["shared_keys"] if misfits(row) else row["reason"]
+                progress.console.print(f"{row['status']}: {row['name']}: {told}", markup=False)
     return [rows[name] for name in names]
 
 
@@ -206,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         for row in rows:
             print(f"{row['status']:>8}  {row['name']}  {row['reason']}")
-    return int(any(row["status"] in FAULTS for row in rows))
+    return int(any(row["status"] in FAULTS or misfits(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ from torch import nn
 import padfree
 from benchmarks.catalogue import input_size
 from benchmarks.extractors import feature_extractor, shared_keys
+from benchmarks.siblings import sibling_fault
 from padfree.files.sources import Source
 from padfree.record.inputs import example_inputs
 from padfree.record.recording import Recording, record
 from padfree.record.trees import Ref
 from padfree.report.smallest import minimum_input
 from padfree.rewrite.refusing import refused_methods
+
+FIT = "fit"  # what `Result.shared_keys` says where nothing is wrong
 
 
 @dataclass
@@ -43,8 +46,9 @@ class Result:
         depthwise_alone: whether the domains of depthwise sites convert with everything else left as it is (None: no
             such site).
         siblings: methods beside `forward` that raise in the converted network, because they would not agree with it.
-        shared_keys: how the converted `features_only` form of a timm model does not fit its converted classifier,
-            where the weights of the originals fit; "" where they fit, or there is no such form.
+            One that neither raises nor agrees makes the model "broken".
+        shared_keys: "fit", or how the converted `features_only` form of a timm model does not fit its converted
+            classifier, where the weights of the originals fit; "" where there is no such form.
         reason: why the first place was left alone, or what went wrong.
     """
 
@@ -140,8 +144,10 @@ def _measure(result: Result, features: bool) -> None:
         result.depthwise_alone = _alone(model, before, plan)
     result.minimum = minimum_input(before, after)
     result.siblings = sum(len(refused_methods(type(module))) for module in converted.modules())
+    if fault := sibling_fault(model, converted, before.input_size):
+        raise Broken(fault)
     extractor = feature_extractor(source, model) if features else None
-    result.shared_keys = "" if extractor is None else shared_keys(extractor, converted, plan)
+    result.shared_keys = "" if extractor is None else shared_keys(extractor, converted, plan) or FIT
     result.status = "part" if left else "full"
 
 

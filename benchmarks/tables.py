@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import padfree
-from benchmarks.measure import Result
+from benchmarks.measure import FIT, Result
 
 FAULTS = ("crash", "broken", "keys", "timeout")
 Row = dict[str, Any]
@@ -23,6 +23,7 @@ def totals(rows: Sequence[Row]) -> list[str]:
     candidates = [row for row in rows if row["candidates"]]
     depthwise = [row for row in rows if row["dw_sites"]]
     converted = status["full"] + status["part"]
+    sharing = [row["shared_keys"] for row in rows if row["shared_keys"]]
     within = [row for row in candidates if row["status"] in ("full", "part")]
     return [
         f"{len(rows)} models, {len(candidates)} of them with something to convert, "
@@ -36,9 +37,19 @@ def totals(rows: Sequence[Row]) -> list[str]:
         f"strided convolutions: {sum(row['sites'] for row in rows)}, "
         f"named by a plan: {sum(row['located'] for row in rows)}; depthwise ones: "
         f"{sum(row['dw_sites'] for row in rows)}, named: {sum(row['dw_located'] for row in rows)}",
+        "methods beside forward that raise, since they would not agree with it: "
+        f"{sum(row['siblings'] for row in rows)} in {sum(bool(row['siblings']) for row in rows)} models; "
+        f"that neither raise nor agree: {sum(row['status'] == 'broken' for row in rows)} models at most",
+        f"feature extractors that share weights with their classifier: {len(sharing)}; "
+        f"that do not, both converted: {len(sharing) - sharing.count(FIT)}",
         f"crashes: {status['crash']}; broken by conversion: {status['broken']}; "
         f"old keys or order changed: {status['keys']}; over time: {status['timeout']}",
     ]
+
+
+def misfits(row: Row) -> bool:
+    """Whether the converted features of a row's model and its converted classifier do not fit each other."""
+    return bool(row["shared_keys"]) and row["shared_keys"] != FIT
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> None:
@@ -82,10 +93,10 @@ def _page(rows: Sequence[Row]) -> str:
     lines += ["", "## Why places were left alone", "", "| models | first reason |", "|---|---|"]
     reasons = Counter(_kind(row["reason"]) for row in rows if row["status"] in ("part", "refused") and row["reason"])
     lines += [f"| {number} | {reason} |" for reason, number in reasons.most_common(30)]
-    faults_found = [row for row in rows if row["status"] in FAULTS]
+    faults_found = [f"{row['status']}: `{row['name']}`: {row['reason']}" for row in rows if row["status"] in FAULTS]
+    faults_found += [f"features: `{row['name']}`: {row['shared_keys']}" for row in rows if misfits(row)]
     if faults_found:
-        lines += ["", "## Faults", ""]
-        lines += [f"- {row['status']}: `{row['name']}`: {row['reason']}" for row in faults_found]
+        lines += ["", "## Faults", "", *(f"- {fault}" for fault in faults_found)]
     return "\n".join(lines) + "\n"
 
 

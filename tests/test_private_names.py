@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("padfree", "recipes") for path in (ROOT / folder).rglob("*.py"))
 
 MODULES = {
-    "torch.utils._python_dispatch": {"padfree/record/recorder.py"},  # TorchDispatchMode is documented, its module not
+    "torch.utils._python_dispatch": {"padfree/record/quick.py"},  # TorchDispatchMode is documented, its module not
     "torch.fx.experimental._config": {"padfree/deploy/program.py"},  # `backed_size_oblivious` has no public switch
 }
 """Private modules, and the one file that imports each."""

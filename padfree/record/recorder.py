@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import (
-    TorchDispatchMode as TorchDispatchMode,  # documented, in a module without a public name
-)
 
 from padfree.indices import CallId, OpId, ValueId
 from padfree.kernels import DECOMPOSITIONS, POOLS
+from padfree.record.quick import TorchDispatchMode, kind_of, quick_meta
 from padfree.record.trees import freeze, geometry_key, storage, tensors, to_meta
 
 NO_OP = OpId(-1)
@@ -102,11 +100,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             self.written.update(self._names.get(storage(tensor), "") for tensor in given)
         refs = [self.value(tensor) for tensor in given]
-        kind, described = _kind(func), (args, kwargs)
+        kind, described = kind_of(func), (args, kwargs)
         if func in POOLS:  # torch's max-pool, by whichever operator
             kind, described = "max_pool2d_with_indices", ((args[0], *((side, side) for side in args[1:])), {})
         frozen = freeze(described, self.value)
-        result = _quick_meta(func, args) if given and given[0].is_meta else None
+        result = quick_meta(func, args)
         if result is None:
             result = func(*args, **kwargs)
         if (
@@ -124,31 +122,4 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-_UNARY = frozenset({"hardswish", "hardsigmoid", "silu", "hardtanh", "gelu", "sigmoid", "relu", "leaky_relu", "mish"})
-
-
-def _quick_meta(func: Any, args: Any) -> Any:
-    """The outputs of batch norms and activations on meta tensors, whose own kernels take up to 50 times as long.
-
-    None for everything else.
-    """
-    kind = _kind(func)
-    x = args[0]
-    if kind == "native_batch_norm":
-        count = x.shape[1] if args[5] else 0
-        statistics = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
-        return (torch.empty_like(x), *statistics)
-    if kind.rstrip("_") in _UNARY and isinstance(x, torch.Tensor) and x.is_floating_point():
-        return x if kind.endswith("_") else torch.empty_like(x)
-    return None
-
-
 _OWN = ("aten", "prim", "prims", "padfree")  # namespaces of operators whose meaning is known
-_KINDS: dict[Any, str] = {}
-
-
-def _kind(func: Any) -> str:
-    kind = _KINDS.get(func)
-    if kind is None:
-        kind = _KINDS[func] = func.__name__.split(".")[0]
-    return kind

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from padfree.record.inputs import example_inputs
+from padfree.record.quick import QuickMeta
 from padfree.record.recording import Recording
 
 # Networks that cut maps into windows take multiples only, so bisection may pass by a lesser side.
@@ -53,7 +54,7 @@ def _runs(recording: Recording, side: int) -> bool:
     try:
         for example in example_inputs(recording.model, (*channels, side, side), meta=True):
             if (len(example), type(example[0])) == kind:
-                with torch.no_grad():
+                with torch.no_grad(), QuickMeta():
                     recording.model(*example)
                 return True
     except Exception:  # any failure means that this size is not taken

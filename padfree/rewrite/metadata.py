@@ -33,11 +33,10 @@ def descriptions(before: Recording, converted: nn.Module) -> tuple[Describe, ...
     found = []
     names = tuple(name for name in _NAMES if _is_description(getattr(converted, name, None)))
     for name in names:
-        values = _values(before, converted, getattr(converted, name))
+        same = tuple(other for other in names if getattr(converted, other) is getattr(converted, name))
+        values = _values(before, converted, getattr(converted, name)) if same[0] == name else {}
         if values:
-            same = tuple(other for other in names if getattr(converted, other) is getattr(converted, name))
-            if same[0] == name:
-                found.append(Describe("", same, tuple(values.items())))
+            found.append(Describe("", same, tuple(values.items())))
     return tuple(found)
 
 
