@@ -49,7 +49,7 @@ def totals(rows: Sequence[Row]) -> list[str]:
 
 def misfits(row: Row) -> bool:
     """Whether the converted features of a row's model and its converted classifier do not fit each other."""
-    return bool(row["shared_keys"]) and row["shared_keys"] != FIT
+    return row.get("shared_keys", "") not in ("", FIT)
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> None:

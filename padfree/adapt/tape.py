@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from padfree.record.recorder import TorchDispatchMode
+from padfree.record.quick import TorchDispatchMode
 from padfree.record.trees import geometry_key, mapped, storage, tensors
 
 

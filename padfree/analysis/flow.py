@@ -20,21 +20,22 @@ from padfree.analysis.kinds import (
     data_input,
     plain_kind,
 )
-from padfree.analysis.maps import Maps
+from padfree.analysis.norms import Norms
 from padfree.indices import DomainId, OpId, ValueId
 from padfree.record.copies import in_mode
 from padfree.record.recorder import Op, Recorder
 from padfree.record.recording import Call
-from padfree.record.trees import Ref
 
 
-class Flow(Maps):
+class Flow(Norms):
     """Dataflow questions over one recording."""
 
     # -- walking forward ------------------------------------------------------------------------
 
     def linear_step(self, value: ValueId) -> ValueId | None:
         """The value after the one norm, constant scale or shift, or view that reads `value`."""
+        if value in self.written_norms:
+            return self.written_norms[value].made
         readers = self.consumers(value)  # that the model returns it too makes no other network
         if len(readers) != 1 or not self.ops[readers[0]].outputs:
             return None
@@ -49,11 +50,12 @@ class Flow(Maps):
         norm, norm_path, current, normed = None, "", value, False
         while (after := self.linear_step(current)) is not None:
             op = self.ops[self.values[after].producer]
-            is_norm = op.kind in NORMS
+            written = self.written_norms.get(current)
+            is_norm = op.kind in NORMS or written is not None
             if (is_norm and normed) or self.in_other_block(op, value):
                 break
-            if is_norm or self._scales_channels(op):
-                norm_path = norm_path or self.norm_module(op)
+            if is_norm or self.scales_channels(op):
+                norm_path = norm_path or (self.norm_module(op) if written is None else written.path)
                 normed = True
             current = after
             if normed and self.values[current].shape == self.values[value].shape:
@@ -103,17 +105,6 @@ class Flow(Maps):
             return True
         return bool(recorder.ops)
 
-    def _scales_channels(self, op: Op) -> bool:
-        """Whether an affine operation has a tensor of constants, not a number, for its other operand."""
-        constants = [ref for ref in op.args[0] if isinstance(ref, Ref) and ref.value not in op.inputs]
-        return plain_kind(op) in AFFINE and any(self.values[ref.value].shape for ref in constants)
-
-    def norm_module(self, op: Op) -> str:
-        """Path of the module that is a norm and no more, or ""."""
-        call = self.recording.calls[op.call]
-        heavy = {"convolution", "mm", "addmm", "bmm"}
-        return "" if any(self.ops[index].kind in heavy for index in call.ops) else call.path
-
     def activation(self, value: ValueId) -> tuple[ValueId | None, str]:
         """The value after the activation that reads `value`, and its module's path ("" for a function).
 
@@ -127,7 +118,7 @@ class Flow(Maps):
         if self.in_other_block(first, value):
             return None, ""
         for call in reversed([c for c in self.recording.ancestors(first.call) if c.inputs == (value,)]):
-            if all(index in call.ops for index in readers) and self._pointwise(call):
+            if all(index in call.ops for index in readers) and self.pointwise(call):
                 return call.outputs[0], call.path
         if len(readers) == 1 and plain_kind(first) in NONLINEAR and first.inputs == (value,):
             return first.outputs[0], ""
@@ -155,7 +146,7 @@ class Flow(Maps):
     def _scaled(self, value: ValueId) -> ValueId:
         """The value after the numbers that `value` is multiplied with, or added to."""
         while (op := self.sole_consumer(value)) is not None and plain_kind(op) in AFFINE and len(op.inputs) == 1:
-            if self._scales_channels(op):
+            if self.scales_channels(op):
                 break
             value = op.outputs[0]
         return value
@@ -169,16 +160,6 @@ class Flow(Maps):
         made = self.values[value].producer
         outside = [call for call in self.recording.ancestors(op.call) if made not in call.ops]
         return bool(outside) and any(self.ops[i].kind == "convolution" for i in outside[-1].ops)
-
-    def _pointwise(self, call: Call) -> bool:
-        ops = [self.ops[index] for index in call.ops if self.ops[index].inputs]
-        known = set(call.inputs)
-        for op in ops:
-            if plain_kind(op) not in NONLINEAR | AFFINE | VIEWS | LIKE or not known.issuperset(op.inputs):
-                return False
-            known.update(op.outputs)
-        same = len(call.outputs) == 1 and self.values[call.outputs[0]].shape == self.values[call.inputs[0]].shape
-        return same and any(plain_kind(op) in NONLINEAR for op in ops)
 
     def feeds_only_attention(self, value: ValueId) -> bool:
         """Whether all that is made of `value` alone ends as one operand of attention products."""
@@ -200,6 +181,10 @@ class Flow(Maps):
         """Back from `value` through norms, constant scales and views that nothing else reads."""
         while (op := self.producer(value)) is not None:
             kind = plain_kind(op)
+            written = next((norm.read for norm in self.written_norms.values() if norm.made == value), None)
+            if written is not None:
+                value = written
+                continue
             if not (op.kind in NORMS or kind in VIEWS or (kind in AFFINE and len(op.inputs) == 1)):
                 break
             if value != op.outputs[0] or len(self.consumers(op.inputs[0])) != 1:

@@ -50,6 +50,10 @@ ATTENTION = frozenset({"bmm", "baddbmm", "_scaled_dot_product_flash_attention", 
      "_scaled_dot_product_attention_math", "_scaled_dot_product_cudnn_attention"})  # fmt: skip
 
 
+# What a norm knows its map by.
+STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean", "sum", "linalg_vector_norm", "norm"})
+
+
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot"})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from padfree.record.recorder import TorchDispatchMode
+from padfree.record.quick import TorchDispatchMode
 
 _ENTERED = {  # functions of torch, by their code, that a generated forward would not call
     torch.autocast.__enter__.__code__: "switches autocast on or off",
