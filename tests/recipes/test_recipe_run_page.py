@@ -116,10 +116,10 @@ def test_a_page_of_two_networks_and_two_seeds(make: Make, tmp_path: Path, capsys
     assert [row[1:] for row in cells(text, "Confusion matrix of original")[1:]] == wrong
     assert cells(text, "Confused most by padfree")[1:] == [[order[0], order[1], str(TEST[order[0]]), "100.0%"]]
 
-    effect = {
-        row[0]: row for row in cells(text, "Means over the seeds, ± sample standard deviation where there are several")
-    }
-    assert effect.keys() == {"network", "original", "padfree"}
+    caption = "Border effect: means over the seeds, ± sample standard deviation where there are several"
+    heading, *effect = cells(text, caption)
+    assert [row[0] for row in effect] == ["original", "padfree"] and heading[-1] == "same class after 8 px, %"
+    assert [row[3:] for row in effect] == [["100.00 ± 0.00"] * 4, ["100.00"] * 4]
     assert "Measured on 5 test images" in text
     moved = cells(text, "Predictions for moved frames")
     assert [row[1:3] for row in moved[1:]] == [["100.0%", "100.0%"]] * 8  # the logits are always the same
