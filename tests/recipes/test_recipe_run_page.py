@@ -7,21 +7,31 @@ import re
 import shutil
 from collections.abc import Callable
 from html import unescape
+from importlib import resources
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from accelerate import Accelerator
+from browser import BROWSER, MISSING, browse
 from padfree.recipes import load
 from padfree.recipes.charts import HEIGHT, WIDTH, Curve, chart
 from padfree.recipes.checkpoints import Epoch, Progress, RunError, save_checkpoint
 from padfree.recipes.cli import main
 from padfree.recipes.compare import Outcome, show
-from padfree.recipes.measures import mirrored
+from padfree.recipes.count import Count
+from padfree.recipes.evaluate import Trained
+from padfree.recipes.measures import Measured, mirrored
 from padfree.recipes.run_folder import open_run
-from padfree.recipes.run_page import spread
+from padfree.recipes.run_page import page, spread
+from padfree.recipes.runs import FinishedRun, Group, run_folders
 from PIL import Image
+from torch import nn
+
+from padfree.borders.results import BorderEffect, LayerEffect, Shift
+from padfree.errors import PadfreeError
+from padfree.page.writing import render
 
 RECIPE = """
 about: two colours
@@ -138,6 +148,77 @@ def test_settings_tell_groups_apart(make: Make) -> None:
     assert [Path(row[0]).name for row in rows[1:]] == ["a", "b"]
     summary = re.findall(r"original, optimizer\.lr=0\.[12]", Path("page.html").read_text())
     assert set(summary) == {"original, optimizer.lr=0.1", "original, optimizer.lr=0.2"}
+
+
+def shown(place: Path, monkeypatch: pytest.MonkeyPatch, classes: int, border: BorderEffect | PadfreeError) -> str:
+    """The page of two runs that never were: every third image is taken for the next class."""
+    monkeypatch.chdir(place)
+    matrix = 2 * torch.eye(classes, dtype=torch.long) + torch.eye(classes, dtype=torch.long).roll(1, 1)
+    measured = Measured(Count("fvcore", 7, 0, 9, 9), matrix, tuple(f"class {at}" for at in range(classes)), border)
+    groups = []
+    for variant in ("original", "padfree"):
+        runs = []
+        for seed in range(2):
+            progress = Progress(tuple(epoch(number, 10.0 * number + seed, 3 * classes) for number in range(1, 10)))
+            about = {"variant": variant, "seed": seed, "command": ["a/b/padfree-recipes", "train", "x y"]}
+            found = Trained(load("two.yaml"), about, progress, 9, nn.Identity())
+            runs.append(FinishedRun(Path(f"runs/{variant}-{seed}"), found, {}))
+        groups.append(Group(variant, tuple(runs)))
+    template = (resources.files("padfree.recipes") / "runs.html").read_text()
+    return render(page(groups, [[measured, measured]] * 2, "padfree-recipes report runs"), template)
+
+
+def effect_of(sides: int) -> BorderEffect:
+    layer = LayerEffect("blocks", (sides, sides), torch.rand(sides, sides), (0.1, -0.1))
+    return BorderEffect("Net", (3, 32, 32), 16, 5, (layer,), tuple(Shift(at, 0.5, 0.25) for at in range(1, 9)))
+
+
+def test_many_classes_are_a_picture(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(place, monkeypatch, 21, PadfreeError("<b>tied to one size"))
+    assert '<table class="matrix">' not in text and len(re.findall(r'<img class="wide"', text)) == 2
+    assert "66.67 % on its diagonal" in text
+    first, *rest = cells(text, "Confused most by original")[1:]
+    assert first[2:] == ["2", "33.3%"] and len(rest) == 9  # of two runs
+    assert "Not measured: &lt;b&gt;tied to one size" in text and "Predictions for moved frames" not in text
+    assert "padfree-recipes train &#39;x y&#39;" in text  # the place of the program is nobody's business
+
+
+@pytest.mark.skipif(BROWSER is None, reason=MISSING)
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (1280, False)])
+def test_it_opens_in_a_browser(
+    width: int, dark: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page.html").write_text(shown(place, monkeypatch, 16, effect_of(4)))
+    (tmp_path / "around.html").write_text(AROUND.format(width=width))
+    flags = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    flags += ["--allow-file-access-from-files", "--enable-logging=stderr", "--dump-dom"]
+    done = browse(tmp_path, *flags, (tmp_path / "around.html").as_uri())
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout)
+    assert found, done.stdout[:500]
+    seen = json.loads(unescape(found[1]))
+    assert seen["wide"] <= width
+    assert seen["tables"] >= 12 and seen["broken"] == 0
+    assert seen["charts"] == 3 and all(300 <= side <= 480 for side in seen["sides"])
+    assert len(set(seen["colours"])) == 2 and seen["dark"] is dark
+
+
+AROUND = """<!doctype html><iframe id="page" src="page.html" width="{width}" height="800"></iframe><pre id="seen"></pre>
+<script>
+document.getElementById("page").addEventListener("load", event => {{
+  const page = event.target.contentDocument, view = event.target.contentWindow;
+  const charts = [...page.querySelectorAll("svg.chart")], lines = charts[0].querySelectorAll("polyline");
+  document.getElementById("seen").textContent = JSON.stringify({{
+    wide: page.documentElement.scrollWidth,
+    tables: page.querySelectorAll("table").length,
+    broken: [...page.images].filter(image => !image.naturalWidth).length,
+    charts: charts.length,
+    sides: charts.map(chart => chart.getBoundingClientRect().width),
+    colours: [...lines].map(line => view.getComputedStyle(line).stroke),
+    dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
+  }});
+}});
+</script>"""
 
 
 def wrong(what: str, make: Make) -> list[str]:
@@ -260,7 +341,5 @@ def test_spreads() -> None:
 
 
 def test_the_error_is_the_family_s() -> None:
-    from padfree.recipes.runs import run_folders
-
     with pytest.raises(RunError, match="named twice"):
         run_folders([Path("x"), Path("x/.")])
