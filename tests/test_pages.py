@@ -153,7 +153,7 @@ def test_the_readme_s_first_sentence_counts_right() -> None:
         11 / 36
     )  # 2x2 windows of 9, of which 3 + 3 lie above, 3 + 3 at the left, 1 in both
     assert [side > 0 for side in reads.sides] == [True, False, True, False]
-    assert "a 4x4 map 11 of the 36 values" in (ROOT / "README.md").read_text()
+    assert "11 of the 36 values that it reads on a 4x4 map" in (ROOT / "README.md").read_text()
 
 
 def test_the_opening_picture_is_what_its_command_draws() -> None:
