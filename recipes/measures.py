@@ -19,6 +19,7 @@ from .evaluate import Trained, tested_in
 from .loaders import eval_loader
 
 IMAGES = 32  # that the border effect is measured on, evenly chosen
+SHIFTS = (1, 2, 4, 8)  # pixels that frames are moved by
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,13 @@ class Measured:
         return 100 * float(self.confusion.trace()) / max(1, int(self.confusion.sum()))
 
 
-def measure(found: Trained, cpu: bool = False) -> Measured:
+def measure(found: Trained, cpu: bool = False, counted: Count | None = None) -> Measured:
     """Run a network over the test images of its recipe once, and over some of them in larger scenes.
+
+    Args:
+        found: a run's network, with the weights of its last epoch.
+        cpu: leave accelerators alone.
+        counted: what was counted of an equal network.
 
     Raises:
         PadfreeError: the data are not right.
@@ -53,7 +59,7 @@ def measure(found: Trained, cpu: bool = False) -> Measured:
     from torchmetrics.classification import MulticlassConfusionMatrix
 
     recipe, accelerator = found.recipe, Accelerator(cpu=cpu)
-    counted = count(found.model, recipe.model.input_side, "fvcore")
+    counted = counted or count(found.model, recipe.model.input_side, "fvcore")
     model = found.model.to(accelerator.device).eval()
     batches = eval_loader(accelerator, recipe)
     matrix = MulticlassConfusionMatrix(recipe.model.num_classes).to(accelerator.device)
@@ -66,7 +72,7 @@ def measure(found: Trained, cpu: bool = False) -> Measured:
             matrix.update(model(images.to(accelerator.device)), targets.to(accelerator.device))
             chosen += [image for at, image in enumerate(images, first) if at in wanted]
     names = class_names(batches.dataset) or [str(number) for number in range(recipe.model.num_classes)]
-    border = _border(model, torch.stack(chosen), recipe.model.input_side)
+    border = _border(model, chosen, recipe.model.input_side)
     return Measured(counted, matrix.compute().cpu(), tuple(names), border)
 
 
@@ -82,11 +88,14 @@ def mirrored(images: Tensor, around: int) -> Tensor:
     return images
 
 
-def _border(model: nn.Module, images: Tensor, side: int) -> BorderEffect | PadfreeError:
+def _border(model: nn.Module, images: list[Tensor], side: int) -> BorderEffect | PadfreeError:
     size = (3, side, side)
+    if not images:
+        return PadfreeError("there are no test images")
     try:
         around = (scene_size(model, size)[1] - side) // 2
-        return border_effect(model, mirrored(images, around), size)
+        shifts = [shift for shift in SHIFTS if shift <= around]
+        return border_effect(model, mirrored(torch.stack(images), around), size, shifts=shifts)
     except PadfreeError as error:  # such as a network that is tied to one size
         return error
 

@@ -21,13 +21,12 @@ from padfree.page.writing import check_extra, render, write_html
 from .charts import Curve, chart
 from .checkpoints import RunError
 from .files import dump
-from .measures import Measured, measure
+from .measures import SHIFTS, Measured, measure
 from .runs import FinishedRun, Group, groups, read_runs, run_folders
 
 CELLS = 20  # classes up to which a confusion matrix is a table with its numbers
 _PAIRS = 10  # of classes that are confused most
 _CHARTS = (("test_top1", "test top-1 (%)"), ("test_loss", "test loss"), ("train_loss", "training loss"))
-_SHIFTS = (1, 2, 4, 8)  # pixels, in the summary of the border effect
 
 Row = tuple[str, ...]
 
@@ -63,7 +62,8 @@ def report(
         measured.append([])
         for run in group.runs:
             progress(str(run.folder))
-            measured[-1].append(measure(run.found, cpu))
+            counted = measured[-1][0].counted if measured[-1] else None  # seeds cost the same
+            measured[-1].append(measure(run.found, cpu, counted))
     _check_classes(found, measured)
     command = ["padfree-recipes", "report", *map(str, given), "--out", str(target)]
     command += ["--data-root", data_root] if data_root is not None else []
@@ -181,14 +181,14 @@ def _most_confused(matrix: Tensor, shares: Tensor, names: Sequence[str]) -> list
 def _border_table(found: Sequence[tuple[str, Sequence[BorderEffect | PadfreeError]]]) -> list[Row]:
     """The last map and the predictions, a group a row, over its runs; the heading alone where nothing was measured."""
     heading = ["network", "sides of the last map", "its centre"]
-    rows: list[Row] = [(*heading, *(f"same class after {shift} px, %" for shift in _SHIFTS))]
+    rows: list[Row] = [(*heading, *(f"same class after {shift} px, %" for shift in SHIFTS))]
     for label, some in found:
         effects = [effect for effect in some if isinstance(effect, BorderEffect) and effect.layers]
         if not effects:
             continue
         sides = spread([sum(effect.layers[-1].sides) / 4 for effect in effects])
         cells = [sides, spread([effect.layers[-1].centre for effect in effects])]
-        for pixels in _SHIFTS:
+        for pixels in SHIFTS:
             same = [100 * shift.consistency for effect in effects for shift in effect.shifts if shift.pixels == pixels]
             cells.append(spread(same) if same else "")
         rows.append((label, *cells))
