@@ -196,9 +196,9 @@ def _border_table(found: Sequence[tuple[str, Sequence[BorderEffect | PadfreeErro
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean, and the sample standard deviation where there are several."""
+    """The mean, and the sample standard deviation where there are several; no line ends inside."""
     mean = f"{statistics.fmean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    return f"{mean}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _notes(pairs: Sequence[tuple[Group, Sequence[Measured]]]) -> list[str]:

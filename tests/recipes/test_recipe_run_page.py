@@ -95,10 +95,11 @@ def make(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 def cells(text: str, caption: str) -> list[list[str]]:
     """The rows of the table with that label, as text."""
-    found = re.search(rf'aria-label="{re.escape(caption)}">\s*<table.*?</table>', text, re.DOTALL)
-    assert found, caption
-    rows = re.findall(r"<tr>(.*?)</tr>", found[0], re.DOTALL)
-    return [[unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
+    table = re.search(rf'aria-label="{re.escape(caption)}">\s*<table.*?</table>', text, re.DOTALL)
+    assert table, caption
+    rows = re.findall(r"<tr>(.*?)</tr>", table[0], re.DOTALL)
+    found = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    return [[unescape(cell).replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in found]
 
 
 def test_a_page_of_two_networks_and_two_seeds(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,7 +338,7 @@ def test_one_epoch_of_one_value_is_a_chart() -> None:
 
 def test_spreads() -> None:
     assert spread([1.0]) == "1.00"
-    assert spread([1.0, 3.0]) == "2.00 ± 1.41"
+    assert spread([1.0, 3.0]) == "2.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.41"
 
 
 def test_the_error_is_the_family_s() -> None:
