@@ -175,6 +175,15 @@ def _add_training(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bar")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser("report", help="one HTML page about finished runs")
+    command.add_argument(
+        "folders", metavar="RUN", nargs="+", type=Path, help="a run folder, or one that holds them, such as `compare`'s"
+    )
+    command.add_argument("--out", metavar="FILE.html", type=Path, default="report.html", help="default: %(default)s")
+    command.add_argument("--data-root", metavar="DIR", help="where the data lie now")
+    command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
+    command.set_defaults(run=_report)
+
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("name", metavar="NAME")
@@ -308,6 +317,19 @@ def _compare(arguments: argparse.Namespace) -> int:
         cpu=arguments.cpu,
         quiet=arguments.quiet,
     )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .run_page import report
+
+    with Console(stderr=True).status("") as status:
+
+        def progress(text: str) -> None:
+            status.update(f"measuring {escape(text)}")
+
+        report(arguments.folders, arguments.out, data_root=arguments.data_root, cpu=arguments.cpu, progress=progress)
+    print(f"wrote {arguments.out}")
     return 0
 
 

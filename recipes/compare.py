@@ -5,6 +5,7 @@ Accuracies are of the last epoch: choosing each run's best epoch by test accurac
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def show(outcomes: tuple[Outcome, ...], seeds: int, folder: Path) -> None:
     ]
     headings = ["variant", f"top-1 % ({seeds} seeds)", "by seed", "images/s", "MACs M", "params"]
     plain_table(headings, rows, console)
-    console.print(f"{folder / 'comparison.png'}", highlight=False, markup=False, soft_wrap=True)
+    page = shlex.join(["padfree-recipes", "report", str(folder), "--out", str(folder / "report.html")])
+    for line in (f"{folder / 'comparison.png'}", f"a page about these runs: {page}"):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plot(recipe: Recipe, runs: dict[str, list[Progress]], target: Path) -> None:

@@ -219,10 +219,7 @@ def check_dataset(recipe: Recipe, dataset: Any, train: bool) -> None:
     where = recipe.data.root or recipe.data.dataset
     if len(dataset) == 0:
         raise DataError(f"{where}: the {split} set is empty")
-    source = dataset.dataset if isinstance(dataset, Subset) else dataset
-    reader = getattr(source, "reader", None)  # of timm's
-    kept = getattr(source, "classes", None), getattr(source, "unique_class_names", None)
-    classes = next(filter(None, (*kept, getattr(reader, "class_to_idx", None))), None)
+    classes = class_names(dataset)
     if classes is not None and len(classes) != recipe.model.num_classes:
         raise DataError(
             f"{where}: the {split} set has {len(classes)} classes and the recipe says "
@@ -236,3 +233,16 @@ def check_dataset(recipe: Recipe, dataset: Any, train: bool) -> None:
             f"{where}: after the {split} transforms an image is {shape or type(image).__name__}, "
             f"and the recipe needs float32 {(3, side, side)}; add ToTensor, and Resize or a crop to {side}"
         )
+
+
+def class_names(dataset: Any) -> list[str] | None:
+    """The classes of a data set in the order of their indices, None where it does not tell."""
+    source = dataset
+    while isinstance(source, Subset):
+        source = source.dataset
+    reader = getattr(source, "reader", None)  # of timm's
+    kept = getattr(source, "classes", None), getattr(source, "unique_class_names", None)
+    found = next(filter(None, (*kept, getattr(reader, "class_to_idx", None))), None)
+    if isinstance(found, dict):
+        found = sorted(found, key=found.__getitem__)
+    return None if found is None else [str(name) for name in found]

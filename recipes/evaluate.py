@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from padfree.layers.learned_groups import condensed, learned_group_convs
 
-from .checkpoints import WEIGHTS, RunError, check_checkpoint, checkpoints, last_whole
+from .checkpoints import WEIGHTS, Progress, RunError, check_checkpoint, checkpoints, last_whole
 from .console import note
 from .loaders import eval_loader
 from .recipe import Recipe
@@ -66,6 +67,55 @@ def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.devic
     return scores
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The network of a run with weights that it was evaluated with.
+
+    Attributes:
+        recipe: of the run, with the data where they lie now.
+        about: what run.json says.
+        progress: of the newest checkpoint that is whole.
+        epoch: after which the weights were saved.
+        model: on the CPU.
+    """
+
+    recipe: Recipe
+    about: dict[str, Any]
+    progress: Progress
+    epoch: int
+    model: nn.Module
+
+
+def trained(folder: Path, checkpoint: str = "best", data_root: str | None = None) -> Trained:
+    """Build a run's network with its best or last weights.
+
+    Raises:
+        RunError: the folder holds no such checkpoint, or its weights do not fit.
+    """
+    recipe, about = read_run(folder)
+    if data_root is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data_root})})
+    last, progress, faults = last_whole(folder)
+    if last is None and faults:
+        raise faults[-1]
+    for fault in faults:
+        note(f"{fault}, and that is taken for the last one")
+    best = progress.best
+    if best is None:
+        raise RunError(f"{folder} has no checkpoint yet: no epoch was finished")
+    epoch = best.epoch if checkpoint == "best" else progress.done
+    weights = folder / "checkpoints" / f"epoch-{epoch:04}" / WEIGHTS
+    if weights.parent != last:
+        check_checkpoint(weights.parent)
+    model = recipe.build(about["variant"])
+    try:
+        model.load_state_dict(load_file(weights))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = ", ".join(path.name for path in checkpoints(folder))
+        raise RunError(f"{weights} does not fit the network ({error}); there are {kept}") from error
+    return Trained(recipe, about, progress, epoch, model)
+
+
 def evaluate_run(
     folder: Path,
     checkpoint: str = "best",
@@ -91,49 +141,30 @@ def evaluate_run(
     """
     from accelerate import Accelerator
 
-    recipe, about = read_run(folder)
-    if data_root is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data_root})})
-    last, progress, faults = last_whole(folder)
-    if last is None and faults:
-        raise faults[-1]
-    for fault in faults:
-        note(f"{fault}, and that is taken for the last one")
-    best = progress.best
-    if best is None:
-        raise RunError(f"{folder} has no checkpoint yet: no epoch was finished")
-    epoch = best.epoch if checkpoint == "best" else progress.done
-    weights = folder / "checkpoints" / f"epoch-{epoch:04}" / WEIGHTS
-    if weights.parent != last:
-        check_checkpoint(weights.parent)
+    found = trained(folder, checkpoint, data_root)
+    recipe, about, model = found.recipe, found.about, found.model
     accelerator = Accelerator(cpu=cpu)
-    precision = _precision(recipe, about, accelerator.device)
-    model = recipe.build(about["variant"])
-    try:
-        model.load_state_dict(load_file(weights))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        kept = ", ".join(path.name for path in checkpoints(folder))
-        raise RunError(f"{weights} does not fit the network ({error}); there are {kept}") from error
     if as_condensed:
         if not learned_group_convs(model):
             raise RunError(f"{folder} is a run of a network without learned group convolutions; leave --condensed out")
         model = condensed(model)
     model.to(accelerator.device)
     batches = eval_loader(accelerator, recipe)
+    precision = tested_in(recipe, about, accelerator.device)
     with torch.autocast(accelerator.device.type, dtype=precision, enabled=precision is not None):
         scores = evaluate(model, batches, recipe, accelerator.device)
     loss, top1, images = scores.compute()
     return {
         "recipe": recipe.name,
         "variant": about["variant"],
-        "epoch": epoch,
+        "epoch": found.epoch,
         "top1": top1,
         "loss": loss,
         "images": images,
     }
 
 
-def _precision(recipe: Recipe, about: dict[str, Any], device: torch.device) -> torch.dtype | None:
+def tested_in(recipe: Recipe, about: dict[str, Any], device: torch.device) -> torch.dtype | None:
     """What a run's network was tested in, where this device can; averaged weights are tested as they are."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(about.get("mixed_precision")))
     if recipe.training.ema_decay is not None or (dtype is torch.float16 and device.type == "cpu"):

@@ -95,7 +95,7 @@ def _set_damaged_aside(folder: Path) -> None:
 
 def _same_run(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
     before, record = read_run(folder)
-    old, new = ({**about, **_leaves(item.model_dump(exclude={"name"}))} for item in (before, recipe))
+    old, new = ({**about, **leaves(item.model_dump(exclude={"name"}))} for item in (before, recipe))
     old |= {key: record.get(key) for key in about}
     unlike = [key for key in {**new, **old} if new.get(key) != old.get(key)]
     unlike = [key for key in unlike if key not in {f"data.{free}" for free in FREE_KEYS}]
@@ -109,10 +109,10 @@ def _same_run(folder: Path, recipe: Recipe, about: dict[str, Any]) -> None:
         raise RunError(f"{folder} is another run: {told}{more}; give another --out")
 
 
-def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings of nested groups by their dotted keys."""
+def leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings of nested groups by their dotted keys, such as `optimizer.lr`."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        inner = leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
         found |= inner or {prefix + key: value}
     return found

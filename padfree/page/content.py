@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from padfree.borders.effect import border_effect
 from padfree.borders.footprint import footprint
 from padfree.borders.layers import Footprint, FootprintChange, Layer, made_by
-from padfree.borders.results import BorderEffect
 from padfree.files.sources import Source
 from padfree.geometry import share_text, size_text
 from padfree.page.costs import Cost, costs
+from padfree.page.effects import effects_content
 from padfree.page.pictures import picture
 from padfree.record.copies import kept_random_state
 from padfree.record.recording import record
@@ -64,7 +64,7 @@ def content(request: Request) -> dict[str, Any]:
         effects = (border_effect(models[0], images, size), border_effect(models[1], images, size))
     change = before.compare(after)
     return {
-        "name": request.source.name,
+        "title": f"{request.source.name}: padding before and after",
         "library": request.source.library,
         "size": size_text(size),
         "figures": _figures(request.comparison, change),
@@ -77,7 +77,7 @@ def content(request: Request) -> dict[str, Any]:
         "tables": [("before", before.rows()), ("after", after.rows())],
         "notes": list(dict.fromkeys((*before.notes, *after.notes, *request.comparison.notes))),
         "unread": [before.unread_text(), after.unread_text()],
-        "effect": None if effects is None else _effects(*effects),
+        "effect": None if effects is None else effects_content(list(zip(("before", "after"), effects, strict=True))),
         "code": _code(request),
         "command": request.command,
         "plan": json.dumps(request.plan.to_dict(), indent=1),
@@ -229,38 +229,6 @@ def _map(values: Tensor | None) -> dict[str, str] | None:
         return None
     mean, worst = float(values.mean()), float(values.max())
     return {"picture": picture(values), "mean": share_text(mean), "worst": share_text(worst)}
-
-
-def _effects(before: BorderEffect, after: BorderEffect) -> dict[str, Any]:
-    """The measured part: maps of both networks, and predictions for moved frames."""
-    top = max((float(layer.difference.max()) for each in (before, after) for layer in each.layers), default=1.0)
-    top = min(top, 1.5)
-    columns = []
-    for title, each in (("before", before), ("after", after)):
-        last = {layer.size: layer for layer in each.layers}  # one for each size
-        maps = [
-            {
-                "name": layer.name,
-                "size": size_text(layer.size),
-                "picture": picture(layer.difference, top),
-                "sides": [f"{side:.2f}" for side in layer.sides],
-                "centre": f"{layer.centre:.2f}",
-            }
-            for layer in last.values()
-        ]
-        columns.append({"title": title, "maps": maps, "table": each.rows(), "notes": each.notes})
-    pairs = zip(before.shifts, after.shifts, strict=False)
-    shifts = [
-        (a.pixels, f"{a.consistency:.1%}", f"{b.consistency:.1%}", f"{a.change:.3f}", f"{b.change:.3f}")
-        for a, b in pairs
-    ]
-    return {
-        "images": before.images,
-        "margin": before.margin,
-        "top": f"{top:.2f}",
-        "columns": columns,
-        "shifts": shifts,
-    }
 
 
 def _code(request: Request) -> str:

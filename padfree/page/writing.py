@@ -19,7 +19,15 @@ def write_page(path: Path, request: Request) -> None:
         PadfreeError: jinja2 is missing, or something of `content` fails.
         FileError: the file cannot be written; what was there stays.
     """
-    text = render(content(request))
+    write_html(path, render(content(request)))
+
+
+def write_html(path: Path, text: str) -> None:
+    """Write a page whole or not at all.
+
+    Raises:
+        FileError: the file cannot be written; what was there stays.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # paths may be no text
 
@@ -36,8 +44,12 @@ def check_extra() -> None:
         raise PadfreeError("reports need jinja2: pip install 'padfree[report]'") from error
 
 
-def render(data: dict[str, Any]) -> str:
+def render(data: dict[str, Any], template: str | None = None) -> str:
     """The page of a content; every string of it is escaped, since names are whatever a user chose.
+
+    Args:
+        data: what the template names, `title` among it.
+        template: text that extends `base.html` and may import `parts.html`; by default the page of a conversion.
 
     Raises:
         PadfreeError: jinja2 is missing.
@@ -47,11 +59,15 @@ def render(data: dict[str, Any]) -> str:
     from markupsafe import Markup
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(_text),
     )
-    own = {name: Markup(_text(name)) for name in ("page.css", "page.js")}  # ours, not anybody's data
-    template = environment.from_string(_text("page.html"))
-    return template.render(**data, css=own["page.css"], script=own["page.js"], gradient=gradient())
+    page = environment.from_string(_text("page.html") if template is None else template)
+    css, script = Markup(_text("page.css")), Markup(_text("page.js"))  # ours, not anybody's data
+    return page.render(**data, css=css, script=script, gradient=gradient())
 
 
 def _text(name: str) -> str:

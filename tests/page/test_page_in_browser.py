@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 
 import pytest
 import torch
+from browser import BROWSER, MISSING, browse
 from PIL import Image
 from torch import nn
 
@@ -20,8 +19,7 @@ from padfree.page.content import Request
 from padfree.page.writing import write_page
 from padfree.report.comparison import compare
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium here (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=MISSING)
 
 # A page around the page: it turns the controls and writes down what it sees.
 AROUND = """<!doctype html><iframe id="page" src="page.html" width="{width}" height="800"></iframe><pre id="seen"></pre>
@@ -65,14 +63,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path / "page.html", Request(model, converted, plan, comparison, Source("factory", "a:b"), "a", "b", images)
     )
     return path
-
-
-def browse(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    assert BROWSER is not None
-    settings = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
-    profile = f"--user-data-dir={folder / 'profile'}"
-    command = [BROWSER, *settings, profile, "--virtual-time-budget=2000", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
 
 
 def test_the_console_is_empty(folder: Path) -> None:

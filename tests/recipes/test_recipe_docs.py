@@ -30,12 +30,23 @@ def test_the_recipe_shown_is_the_one_in_the_library() -> None:
 
 def test_the_commands_and_flags_shown_exist(capsys: pytest.CaptureFixture[str]) -> None:
     known = ""
-    for command in ([], ["train"], ["table"], ["evaluate"], ["compare"], ["benchmark"], ["show"], ["copy"], ["list"]):
+    for command in (
+        [],
+        ["train"],
+        ["table"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["benchmark"],
+        ["show"],
+        ["copy"],
+        ["list"],
+    ):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known += capsys.readouterr().out
     commands = set(re.findall(r"`padfree-recipes (\w+)", PAGE))
-    assert commands == {"list", "show", "copy", "table", "train", "evaluate", "compare", "benchmark"}
+    assert commands == {"list", "show", "copy", "table", "train", "evaluate", "compare", "report", "benchmark"}
     assert all(f" {command} " in known for command in commands)
     others = {"--num", "--nproc-per-node", "--logdir", "--model", "--data-dir", "--grad-checkpointing"}
     flags = set(re.findall(r"(--[a-z][a-z-]+)", PAGE)) - others
