@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from padfree.cli.status import Tell, silent
 from padfree.layers.learned_groups import condensed, learned_group_convs
 
 from .checkpoints import WEIGHTS, RunError, check_checkpoint, checkpoints, last_whole
@@ -49,7 +50,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.device) -> Scores:
+def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.device, tell: Tell = silent) -> Scores:
     """Scores of a network on this process's test batches; the network's mode is put back after it.
 
     The network is called without its distributed wrapper: processes may have different numbers of
@@ -58,7 +59,10 @@ def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.devic
     was_training = model.training
     model.eval()
     scores = Scores(recipe.model.num_classes, device)
+    seen = 0
     for images, targets in batches:
+        tell(f"testing, {seen:,} images done")
+        seen += len(images)
         images, targets = images.to(device), targets.to(device)
         logits = model(images)
         scores.update(logits, targets, cross_entropy(logits.float(), targets))
@@ -73,6 +77,7 @@ def evaluate_run(
     data_root: str | None = None,
     cpu: bool = False,
     as_condensed: bool = False,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Evaluate a run's best or last weights on its test images.
 
@@ -82,6 +87,7 @@ def evaluate_run(
         data_root: where the data lie now, if not where the recipe says.
         cpu: leave accelerators alone.
         as_condensed: run learned group convolutions as the standard group convolutions that they become.
+        tell: called with what is being done.
 
     Returns:
         recipe, variant, epoch, top1 (percent), loss, images.
@@ -91,6 +97,7 @@ def evaluate_run(
     """
     from accelerate import Accelerator
 
+    tell(f"reading {folder}")
     recipe, about = read_run(folder)
     if data_root is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data_root})})
@@ -119,9 +126,9 @@ def evaluate_run(
             raise RunError(f"{folder} is a run of a network without learned group convolutions; leave --condensed out")
         model = condensed(model)
     model.to(accelerator.device)
-    batches = eval_loader(accelerator, recipe)
+    batches = eval_loader(accelerator, recipe, tell)
     with torch.autocast(accelerator.device.type, dtype=precision, enabled=precision is not None):
-        scores = evaluate(model, batches, recipe, accelerator.device)
+        scores = evaluate(model, batches, recipe, accelerator.device, tell)
     loss, top1, images = scores.compute()
     return {
         "recipe": recipe.name,
