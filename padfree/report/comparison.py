@@ -139,6 +139,12 @@ class Comparison:
         if self.last_map_size is not None:
             cost = f", {_short(self.last_map_macs)} MACs"
             rows.append(("last map back", f"on {size_text(self.last_map_size)}{cost}"))
+        if self.places and self.total().after.macs > self.total().before.macs:
+            most = max(self.places, key=lambda place: place.layers.macs)
+            added, saved = _signed(most.layers.macs), _signed(self.total().maps.macs)
+            rows.append(
+                ("costs more", f"{most.name} adds {added}, smaller maps save {saved}: padfree.advise says what pays")
+            )
         return rows
 
     def __str__(self) -> str:

@@ -141,6 +141,13 @@ def test_another_size_than_the_plans_has_the_same_places() -> None:
     assert large.places[1].maps.macs == (15 * 15 - 16 * 16) * (8 * 9 + 8 * 2 + 16 * 8)
 
 
+def test_what_costs_more_than_it_saves_is_named() -> None:
+    more = [text for label, text in compared(plain()).rows() if label == "costs more"]
+    assert more == ["0.0 adds +0.06M, smaller maps save -0.03M: padfree.advise says what pays"]
+    less = compared(plain(), rules=("depthwise", "dense"))
+    assert "costs more" not in dict(less.rows()) and less.total().after.macs < less.total().before.macs
+
+
 def test_without_a_plan_there_are_no_places() -> None:
     found = padfree.compare(plain(), plain(), SIZE)
     assert found.places == () and found.place_rows() == [] and "elsewhere" not in str(found)
