@@ -6,7 +6,8 @@ model = padfree.convert(timm.create_model("mobilenetv3_large_100"))
 from padfree import export
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
-from padfree.advise.advice import Advice, advise
+from padfree.advise.advice import advise
+from padfree.advise.results import Advice
 from padfree.borders.effect import border_effect
 from padfree.borders.footprint import footprint
 from padfree.convert import Plan, convert, is_converted, plan

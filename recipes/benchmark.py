@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import padfree
+from padfree.columns import WIDTH, broken, plural
 from padfree.errors import PadfreeError
 from padfree.files.sources import Source
 
@@ -34,6 +35,7 @@ BATCHES = (16, 1)
 SIDE = 224  # pixels, where a network says nothing of its own
 LIBRARIES = ("timm", "torchvision", "bsconv")
 NAME_WIDTH = 10
+FIGURES = 30  # columns for two of them, and what is between
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,13 @@ def timings(
             raise PadfreeError(f"{what} is {number}; give 1 or more")
     accelerator = None if cpu else torch.accelerator.current_accelerator(check_available=True)
     device = accelerator or torch.device("cpu")
-    built = {name: _forms(name, side) for name in names or DOCUMENT}
+    built = {}
+    for name in names or DOCUMENT:
+        progress(f"building and converting {name}")
+        built[name] = _forms(name, side)
     for batch in batches:
         for name, (pixels, forms, skipped) in built.items():
-            progress(f"{name}, batch {batch}")
+            progress(f"timing {name}, batch {batch}")
             images = torch.rand(batch, 3, pixels, pixels, device=device)
             seconds = _seconds(name, [form.to(device) for form in forms], images, repeats)
             yield Timing(
@@ -121,23 +126,26 @@ def describe(device: torch.device) -> str:
 
 def lines(found: Sequence[Timing]) -> Iterator[str]:
     """The document's blocks of lines `name : seconds`, with a second column, and why that is empty at places."""
-    width = max([NAME_WIDTH, *(len(timing.network) for timing in found)])
+    width = min(max([NAME_WIDTH, *(len(timing.network) for timing in found)]), WIDTH - FIGURES)
     before = None
     for timing in found:
         if timing.batch != before:
             if before is not None:
                 yield ""
-            threads = f", {timing.threads} threads" if timing.device.startswith("CPU") else ""
-            yield f"{timing.device}{threads}, batchsize = {timing.batch}"
+            threads = f", {plural(timing.threads, 'thread')}" if timing.device.startswith("CPU") else ""
+            yield from broken(f"{timing.device}{threads}, batchsize = {timing.batch}", WIDTH)
             yield f"{'':>{width}}   original  padding-free"
             before = timing.batch
         other = "-" if timing.padfree is None else f"{timing.padfree:f}"
-        yield f"{timing.network:>{width}} : {timing.original:f}  {other}"
+        *above, name = broken(timing.network, width)
+        yield from above
+        yield f"{name:>{width}} : {timing.original:f}  {other}"
     reasons = {timing.network: timing.skipped for timing in found if timing.skipped}
     yield ""
-    yield "Seconds of a forward pass in eval mode, the device waited for; the median of passes after a first one."
+    about = "Seconds of a forward pass in eval mode, the device waited for; the median of passes after a first one."
+    yield from broken(about, WIDTH)
     for name, reason in reasons.items():
-        yield f"- {name}: {reason}"
+        yield from broken(f"- {name}: {reason}", WIDTH)
 
 
 def _forms(name: str, side: int | None) -> tuple[int, list[nn.Module], str | None]:

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from rich.markup import escape
-
 import padfree
 from padfree.cli.parser import Parser
+from padfree.cli.status import Status
+from padfree.columns import labelled
 from padfree.errors import PadfreeError
 
-from .console import Console
-
+_NAME = 34  # characters of a recipe's name that its description stands beside
 EPILOG = """NAME is a recipe of `padfree-recipes list`, or the path of a recipe file.
 key=value replaces a setting of it, such as optimizer.lr=0.01 (values are YAML)."""
 
@@ -104,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"padfree {padfree.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("list", help="names of all recipes")
-    command.add_argument("--json", action="store_true", help="as a JSON list")
+    command = commands.add_parser("list", help="names of all recipes, and what each is about")
+    command.add_argument("--json", action="store_true", help="the names as a JSON list")
     command.set_defaults(run=_list)
 
     command = commands.add_parser("show", help="print a recipe")
@@ -152,7 +151,7 @@ def _add_training(commands: argparse._SubParsersAction[Parser]) -> None:
     command.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     command.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     command.add_argument("--cpu", action="store_true", help="leave accelerators alone")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.add_argument("--quiet", action="store_true", help="nothing but the line that it ends with")
     command.set_defaults(run=_train)
 
     command = commands.add_parser("evaluate", help="accuracy of a run on its test images")
@@ -191,9 +190,9 @@ def _add_recipe(command: argparse.ArgumentParser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from .files import names
+    from .files import descriptions, names
 
-    print(json.dumps(names()) if arguments.json else "\n".join(names()))
+    print(json.dumps(names()) if arguments.json else "\n".join(labelled(descriptions().items(), longest=_NAME)))
     return 0
 
 
@@ -224,10 +223,10 @@ def _table(arguments: argparse.Namespace) -> int:
     from .tables import lines, recipe_lines
 
     check_json(arguments.json)
-    with Console(stderr=True).status("") as status:
+    with Status() as status:
 
         def progress(text: str) -> None:
-            status.update(f"counting {escape(text)}")
+            status(f"counting {text}")
 
         if arguments.recipe is not None:
             found = list(recipe_lines(load(arguments.recipe), progress))
@@ -247,13 +246,9 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     from .report import check_json, write_json
 
     check_json(arguments.json)
-    with Console(stderr=True).status("") as status:
-
-        def progress(text: str) -> None:
-            status.update(f"timing {escape(text)}")
-
+    with Status() as tell:
         batches = arguments.batches or BATCHES
-        options = {"side": arguments.side, "repeats": arguments.repeats, "cpu": arguments.cpu, "progress": progress}
+        options = {"side": arguments.side, "repeats": arguments.repeats, "cpu": arguments.cpu, "progress": tell}
         found = list(timings(arguments.names, batches, **options))
     if arguments.json is not None:
         write_json([timing.to_dict() for timing in found], arguments.json)
@@ -264,21 +259,23 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     from .files import load
-    from .train import Run, train
+    from .train import Run, ending, train
 
-    recipe = load(arguments.name, arguments.changes)
-    train(
-        Run(
-            recipe,
-            variant=arguments.variant,
-            seed=arguments.seed,
-            folder=arguments.out,
-            resume=arguments.resume,
-            mixed_precision=arguments.mixed_precision,
-            cpu=arguments.cpu,
-            quiet=arguments.quiet,
-        )
+    run = Run(
+        load(arguments.name, arguments.changes),
+        variant=arguments.variant,
+        seed=arguments.seed,
+        folder=arguments.out,
+        resume=arguments.resume,
+        mixed_precision=arguments.mixed_precision,
+        cpu=arguments.cpu,
+        quiet=arguments.quiet,
     )
+    progress = train(run)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(ending(run, progress))
     return 0
 
 
@@ -287,13 +284,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .report import check_json, write_json
 
     check_json(arguments.json)
-    result = evaluate_run(
-        arguments.folder,
-        arguments.checkpoint,
-        data_root=arguments.data_root,
-        cpu=arguments.cpu,
-        as_condensed=arguments.condensed,
-    )
+    with Status() as tell:
+        result = evaluate_run(
+            arguments.folder,
+            arguments.checkpoint,
+            data_root=arguments.data_root,
+            cpu=arguments.cpu,
+            as_condensed=arguments.condensed,
+            tell=tell,
+        )
     if arguments.json is not None:
         write_json(result, arguments.json)
     else:
@@ -323,10 +322,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from .run_page import report
 
-    with Console(stderr=True).status("") as status:
+    with Status() as status:
 
         def progress(text: str) -> None:
-            status.update(f"measuring {escape(text)}")
+            status(f"measuring {text}")
 
         report(arguments.folders, arguments.out, data_root=arguments.data_root, cpu=arguments.cpu, progress=progress)
     print(f"wrote {arguments.out}")

@@ -9,16 +9,23 @@ import shlex
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from padfree.cli.status import Status
+from padfree.columns import plural, table
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
 
 from .checkpoints import Progress
+from .console import Console, note
 from .count import count
 from .recipe import Recipe
-from .report import plain_table, wide_console, write_json
+from .report import write_json
 from .train import Run, train
 from .variants import variants as known_variants
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -77,67 +84,86 @@ def compare_variants(
         raise PadfreeError(f"--variants {','.join(variants)} names one twice")
     folder = folder or Path("runs") / recipe.name.removesuffix(".yaml").lstrip("/.") / "compare"
     runs: dict[str, list[Progress]] = {variant: [] for variant in variants}
-    for seed in range(seeds):
-        for variant in variants:
-            place = folder / f"{variant}-seed{seed}"
-            run = Run(recipe, variant, seed, place, resume=True, cpu=cpu, quiet=quiet)
-            runs[variant].append(train(run))
-    outcomes = tuple(_outcome(recipe, variant, runs[variant]) for variant in variants)
-    if not PartialState().is_main_process:
-        return outcomes
+    order = [(seed, variant) for seed in range(seeds) for variant in variants]
+    for number, (seed, variant) in enumerate(order, 1):
+        if not quiet and PartialState(cpu=cpu).is_main_process:
+            note(f"run {number} of {len(order)}: {variant}, seed {seed}")
+        place = folder / f"{variant}-seed{seed}"
+        run = Run(recipe, variant, seed, place, resume=True, cpu=cpu, quiet=quiet)
+        runs[variant].append(train(run))
+    main = PartialState().is_main_process
+    with Status(shown=main and not quiet) as tell:
+        tell("counting and drawing")
+        outcomes = tuple(_outcome(recipe, variant, runs[variant]) for variant in variants)
+        if main:
+            _write(recipe, runs, outcomes, folder)
+    if main:
+        show(outcomes, seeds, folder)
+    return outcomes
+
+
+def _write(recipe: Recipe, runs: dict[str, list[Progress]], outcomes: tuple[Outcome, ...], folder: Path) -> None:
+    """comparison.json and comparison.png."""
     report = {
         "recipe": recipe.name,
-        "seeds": seeds,
+        "seeds": len(outcomes[0].top1),
         "epochs": recipe.training.epochs,
-        "test_images": runs[variants[0]][0].epochs[-1].test_images,
+        "test_images": runs[outcomes[0].variant][0].epochs[-1].test_images,
         "variants": [asdict(outcome) for outcome in outcomes],
     }
     write_json(report, str(folder / "comparison.json"))
     plot(recipe, runs, folder / "comparison.png")
-    show(outcomes, seeds, folder)
-    return outcomes
 
 
 def show(outcomes: tuple[Outcome, ...], seeds: int, folder: Path) -> None:
     """Print the outcomes as a table."""
-    console = wide_console()
+    console = Console()
     sign = "+-" if console.options.ascii_only else "±"
-    rows = [
-        [
-            outcome.variant,
-            f"{outcome.mean:.2f} {sign} {outcome.spread:.2f}",
-            " ".join(f"{value:.2f}" for value in outcome.top1),
-            f"{outcome.images_per_s:,.0f}",
-            f"{outcome.macs / 1e6:.2f}",
-            f"{outcome.params:,}",
-        ]
-        for outcome in outcomes
-    ]
-    headings = ["variant", f"top-1 % ({seeds} seeds)", "by seed", "images/s", "MACs M", "params"]
-    plain_table(headings, rows, console)
+    rows = [("variant", f"top-1 % ({plural(seeds, 'seed')})", "images/s", "MACs M", "params", "by seed")]
+    for outcome in outcomes:
+        spread = f" {sign} {outcome.spread:.2f}" if len(outcome.top1) > 1 else ""
+        figures = (f"{outcome.mean:.2f}{spread}", f"{outcome.images_per_s:,.0f}", f"{outcome.macs / 1e6:.2f}")
+        by_seed = " ".join(f"{value:.2f}" for value in outcome.top1) if spread else ""
+        rows.append((outcome.variant, *figures, f"{outcome.params:,}", by_seed))
+    if seeds == 1:
+        rows = [row[:-1] for row in rows]  # type: ignore[misc]
+    lines = table(rows, right=range(1, 5), fold=len(rows[0]) - 1)
     page = shlex.join(["padfree-recipes", "report", str(folder), "--out", str(folder / "report.html")])
-    for line in (f"{folder / 'comparison.png'}", f"a page about these runs: {page}"):
+    for line in (*lines, f"{folder / 'comparison.png'}", f"a page about these runs: {page}"):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def plot(recipe: Recipe, runs: dict[str, list[Progress]], target: Path) -> None:
-    """Draw test accuracy by epoch: a line for the mean of the seeds, a band from lowest to highest."""
+    """Draw test accuracy by epoch into a PNG file."""
+    with replacing(check_target(target)) as part:
+        drawn(recipe.name, runs).savefig(part, format="png", dpi=150)
+
+
+def drawn(name: str, runs: dict[str, list[Progress]]) -> Figure:
+    """Test accuracy by epoch: a line for the mean of the seeds, a band from lowest to highest.
+
+    Args:
+        name: of the recipe.
+        runs: of each variant, by seed.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for variant, seeds in runs.items():
         epochs = [item.epoch for item in seeds[0].epochs]
         by_epoch = [[run.epochs[index].test_top1 for run in seeds] for index in range(len(epochs))]
-        (line,) = axes.plot(epochs, [statistics.fmean(values) for values in by_epoch], label=variant)
+        mean = [statistics.fmean(values) for values in by_epoch]
+        (line,) = axes.plot(epochs, mean, label=variant, marker="o" if len(epochs) == 1 else "")
         low, high = [min(values) for values in by_epoch], [max(values) for values in by_epoch]
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-    count_of = len(next(iter(runs.values())))
-    axes.set(xlabel="epoch", ylabel="test top-1 (%)", title=f"{recipe.name}, {count_of} seeds")
+    seeds_shown = plural(len(next(iter(runs.values()))), "seed")
+    axes.set(xlabel="epoch", ylabel="test top-1 (%)", title=f"{name}, {seeds_shown}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(check_target(target)) as part:
-        figure.savefig(part, format="png", dpi=150)
+    return figure
 
 
 def _outcome(recipe: Recipe, variant: str, runs: list[Progress]) -> Outcome:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import rich.console
 
+from padfree.cli.status import on_terminal
+
 
 class Console(rich.console.Console):
-    """A console whose reader may go away: that is told to the caller, and not by rich's own exit status 1."""
+    """A console whose reader may go away: that is told to the caller, and not by rich's own exit status 1.
+
+    What is drawn on stderr is drawn on terminals only, whatever the environment asks of colours.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        if settings.get("stderr"):
+            settings.setdefault("force_terminal", on_terminal(sys.stderr))
+        super().__init__(**settings)
 
     def on_broken_pipe(self) -> None:
         """Let the BrokenPipeError through that rich is handling."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from padfree.cli.status import Tell, silent
 from padfree.layers.learned_groups import condensed, learned_group_convs
 
 from .checkpoints import WEIGHTS, Progress, RunError, check_checkpoint, checkpoints, last_whole
@@ -50,7 +51,7 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.device) -> Scores:
+def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.device, tell: Tell = silent) -> Scores:
     """Scores of a network on this process's test batches; the network's mode is put back after it.
 
     The network is called without its distributed wrapper: processes may have different numbers of
@@ -59,7 +60,10 @@ def evaluate(model: nn.Module, batches: Any, recipe: Recipe, device: torch.devic
     was_training = model.training
     model.eval()
     scores = Scores(recipe.model.num_classes, device)
+    seen = 0
     for images, targets in batches:
+        tell(f"testing, {seen:,} images done")
+        seen += len(images)
         images, targets = images.to(device), targets.to(device)
         logits = model(images)
         scores.update(logits, targets, cross_entropy(logits.float(), targets))
@@ -123,6 +127,7 @@ def evaluate_run(
     data_root: str | None = None,
     cpu: bool = False,
     as_condensed: bool = False,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Evaluate a run's best or last weights on its test images.
 
@@ -132,6 +137,7 @@ def evaluate_run(
         data_root: where the data lie now, if not where the recipe says.
         cpu: leave accelerators alone.
         as_condensed: run learned group convolutions as the standard group convolutions that they become.
+        tell: called with what is being done.
 
     Returns:
         recipe, variant, epoch, top1 (percent), loss, images.
@@ -141,6 +147,7 @@ def evaluate_run(
     """
     from accelerate import Accelerator
 
+    tell(f"reading {folder}")
     found = trained(folder, checkpoint, data_root)
     recipe, about, model = found.recipe, found.about, found.model
     accelerator = Accelerator(cpu=cpu)
@@ -149,10 +156,10 @@ def evaluate_run(
             raise RunError(f"{folder} is a run of a network without learned group convolutions; leave --condensed out")
         model = condensed(model)
     model.to(accelerator.device)
-    batches = eval_loader(accelerator, recipe)
+    batches = eval_loader(accelerator, recipe, tell)
     precision = tested_in(recipe, about, accelerator.device)
     with torch.autocast(accelerator.device.type, dtype=precision, enabled=precision is not None):
-        scores = evaluate(model, batches, recipe, accelerator.device)
+        scores = evaluate(model, batches, recipe, accelerator.device, tell)
     loss, top1, images = scores.compute()
     return {
         "recipe": recipe.name,

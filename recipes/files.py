@@ -31,6 +31,11 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(path.as_posix() for path in found))
 
 
+def descriptions() -> dict[str, str]:
+    """All recipes that come with the package, by name, and what each is about."""
+    return {name: str(_read(LIBRARY / f"{name}.yaml").get("about", "")) for name in names()}
+
+
 def load(name: str | os.PathLike[str], changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 

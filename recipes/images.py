@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from padfree.cli.status import Tell, silent
 from padfree.errors import PadfreeError
 
 from .console import note
@@ -17,6 +18,7 @@ from .recipe import Recipe
 
 _MANY = 20_000  # images whose reading takes long enough to be told
 _CHUNK = 64  # images that a thread reads in a row
+_TOLD = 500  # images between two of the numbers that are told
 _SHOWN = 3  # damaged files named in a message
 
 
@@ -77,7 +79,7 @@ class ReaderImages(Dataset[tuple[Tensor, int]]):
             ) from error
 
 
-def readable(accelerator: Any, recipe: Recipe, dataset: Any, split: str) -> Any:
+def readable(accelerator: Any, recipe: Recipe, dataset: Any, split: str, progress: Tell = silent) -> Any:
     """The data set, once each of its image files has been read; the processes share them out.
 
     Data sets that are not of files (arrays, streams, archives) are returned as they are: an image of theirs that
@@ -88,6 +90,7 @@ def readable(accelerator: Any, recipe: Recipe, dataset: Any, split: str) -> Any:
         recipe: `data.check_images` and `data.skip_corrupt` are looked at.
         dataset: map-style, with all processes alike.
         split: what the images are, for messages.
+        progress: called with what is being done.
 
     Raises:
         DataError: some cannot be read, and `data.skip_corrupt` is not set, or none can.
@@ -99,7 +102,11 @@ def readable(accelerator: Any, recipe: Recipe, dataset: Any, split: str) -> Any:
         note(f"reading all {len(paths):,} {split} images once; data.check_images=false leaves that out")
     mine = range(accelerator.process_index, len(paths), accelerator.num_processes)
     with ThreadPool(max(1, (os.cpu_count() or 1) // accelerator.num_processes)) as pool:
-        found = [item for item in pool.imap(lambda index: (index, _fault(paths[index])), mine, _CHUNK) if item[1]]
+        found = []
+        for number, item in enumerate(pool.imap(lambda index: (index, _fault(paths[index])), mine, _CHUNK)):
+            if number % _TOLD == 0:
+                progress(f"reading {split} images, {number:,} of {len(mine):,}")
+            found += [item] if item[1] else []
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

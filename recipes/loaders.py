@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from padfree.cli.status import Tell, silent
 from padfree.errors import PadfreeError
 
 from .datasets import check_dataset, open_dataset
@@ -14,12 +15,17 @@ from .images import readable
 from .recipe import Recipe
 
 
-def train_loader(accelerator: Any, recipe: Recipe) -> Any:
+def train_loader(accelerator: Any, recipe: Recipe, progress: Tell = silent) -> Any:
     """Shuffled training batches of this process.
 
     The recipe's batch size is that of all processes together. The order is a function of the
     accelerator's data seed and of the epoch set with `set_epoch`, whatever the number of processes;
     they share each batch. timm's streaming readers share out their shards themselves.
+
+    Args:
+        accelerator: of this process.
+        recipe: what it says of the data.
+        progress: called with what is being done.
 
     Raises:
         PadfreeError: the processes cannot share the batch evenly, or the data are not right.
@@ -29,11 +35,12 @@ def train_loader(accelerator: Any, recipe: Recipe) -> Any:
         raise PadfreeError(
             f"training.batch_size {batch} cannot be shared by {world} processes; set it to a multiple of {world}"
         )
+    progress(_opening(recipe, "training"))
     with accelerator.main_process_first():  # a download is done once
         dataset = open_dataset(recipe, train=True)
     if isinstance(dataset, IterableDataset):
         return _stream(dataset, recipe, batch // world)
-    dataset = readable(accelerator, recipe, dataset, "training")
+    dataset = readable(accelerator, recipe, dataset, "training", progress)
     check_dataset(recipe, dataset, train=True)
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -48,15 +55,22 @@ def train_loader(accelerator: Any, recipe: Recipe) -> Any:
     return accelerator.prepare_data_loader(loader)
 
 
-def eval_loader(accelerator: Any, recipe: Recipe) -> Any:
-    """Test batches of this process: every image in exactly one process, none twice."""
+def eval_loader(accelerator: Any, recipe: Recipe, progress: Tell = silent) -> Any:
+    """Test batches of this process: every image in exactly one process, none twice.
+
+    Args:
+        accelerator: of this process.
+        recipe: what it says of the data.
+        progress: called with what is being done.
+    """
     world = accelerator.num_processes
+    progress(_opening(recipe, "test"))
     with accelerator.main_process_first():
         dataset = open_dataset(recipe, train=False)
     batch = max(1, recipe.training.batch_size // world)
     if isinstance(dataset, IterableDataset):
         return _stream(dataset, recipe, batch)
-    dataset = readable(accelerator, recipe, dataset, "test")
+    dataset = readable(accelerator, recipe, dataset, "test", progress)
     check_dataset(recipe, dataset, train=False)
     mine = Subset(dataset, range(accelerator.process_index, len(dataset), world))
     return DataLoader(
@@ -74,6 +88,11 @@ def set_epoch(loader: Any, epoch: int) -> None:
         source.set_epoch(epoch)
     if loader.generator is not None:  # torch draws the seeds of loading processes from it
         loader.generator.manual_seed(torch.initial_seed() + epoch)
+
+
+def _opening(recipe: Recipe, split: str) -> str:
+    how = "getting" if recipe.data.download else "opening"
+    return f"{how} the {split} images of {recipe.data.dataset}"
 
 
 def _stream(dataset: Any, recipe: Recipe, batch: int) -> DataLoader[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from padfree.cli.status import Status, Tell
 from padfree.errors import PadfreeError
 from padfree.layers.learned_groups import lasso
 
@@ -70,7 +72,7 @@ class Run:
         resume: go on from the folder's last checkpoint, if it has one.
         mixed_precision: "no", "bf16" or "fp16".
         cpu: leave accelerators alone.
-        quiet: no progress bar.
+        quiet: no progress.
     """
 
     recipe: Recipe
@@ -99,17 +101,28 @@ def train(run: Run) -> Progress:
         raise TrainingError(f"--seed is {run.seed}; give 0 to {SEEDS - 1}")
     recipe = run.recipe
     accelerator = _accelerator(run)
-    network = _network(run, accelerator)
-    check_images(network, recipe.model)
-    check_stages(network, recipe.training, shown=accelerator.is_main_process)
-    batches = train_loader(accelerator, recipe), eval_loader(accelerator, recipe)
+    with Status(shown=accelerator.is_main_process and not run.quiet) as tell:
+        network = _network(run, accelerator, tell)
+        check_images(network, recipe.model)
+        check_stages(network, recipe.training, shown=accelerator.is_main_process)
+        batches = train_loader(accelerator, recipe, tell), eval_loader(accelerator, recipe, tell)
     with locked(run.path) if accelerator.is_main_process else contextlib.nullcontext():
         _open(run, accelerator, network)
         return _epochs(run, accelerator, network, *batches)
 
 
-def _network(run: Run, accelerator: Any) -> nn.Module:
+def ending(run: Run, progress: Progress) -> str:
+    """The line that a run ends with: its best and its last accuracy, where it lies, and what to type next."""
+    best, last = progress.best, progress.epochs[-1]
+    assert best is not None
+    figures = f"best {best.test_top1:.2f} % (epoch {best.epoch}), last {last.test_top1:.2f} % (epoch {last.epoch})"
+    command = shlex.join(["padfree-recipes", "evaluate", str(run.path)])
+    return f"{figures} in {run.path}; next: {command}"
+
+
+def _network(run: Run, accelerator: Any, tell: Tell) -> nn.Module:
     """What to train; a run that goes on finds all its weights in its checkpoint."""
+    tell(f"building {run.recipe.name} {run.variant}")
     if run.recipe.start is None or (run.resume and checkpoints(run.path)):
         return run.recipe.build(run.variant, seed=run.seed)
     return started(run.recipe, run.variant, run.seed, accelerator, run.quiet)
@@ -138,7 +151,7 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
         if recipe.start is not None and progress.done < recipe.training.epochs and accelerator.is_main_process:
             note(f"the fine-tuning rate is that of {recipe.training.epochs} epochs: at most {peak(recipe):g}")
     epochs = recipe.training.epochs
-    with ProgressBar(epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
+    with ProgressBar(folder.name, epochs, progress.done, train_batches, accelerator, shown=not run.quiet) as bar:
         for number in range(progress.done + 1, epochs + 1):
             set_seed(epoch_seed(run.seed, number), device_specific=True)
             set_epoch(train_batches, number)
@@ -147,10 +160,12 @@ def _epochs(run: Run, accelerator: Any, network: nn.Module, train_batches: Any, 
             scores, seconds = step.epoch(train_batches)
             rate = optimizer.param_groups[0]["lr"]
             schedule.step()
+            bar.testing()
             tested = evaluate(evaluated, test_batches, recipe, accelerator.device)
             progress = _log(accelerator, progress, number, rate, scores, tested, seconds)
             step.check(torch.tensor(progress.epochs[-1].test_loss, device=accelerator.device), "after its last step")
-            bar.tested(progress.epochs[-1].test_top1)
+            now = progress.epochs[-1]
+            bar.tested(now.train_loss, now.test_top1, now.images_per_s)
             save_checkpoint(accelerator, evaluated, folder, progress)
     accelerator.end_training()
     return progress

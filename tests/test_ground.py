@@ -23,6 +23,7 @@ ORDER = (
     *(
         "errors",
         "geometry",
+        "columns",
         "indices",
         "types",
         "kernels",

@@ -9,137 +9,31 @@ must exceed to count. Nothing is said of accuracy.
 
 from __future__ import annotations
 
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from padfree.advise.forms import BOTH, DOWNSAMPLING, ORIGINAL, STEM, Form, forms
+from padfree.advise.forms import BOTH, DOWNSAMPLING, FORMS, ORIGINAL, STEM, Form, Forms
+from padfree.advise.results import Advice, Ratio, Row
 from padfree.advise.runtimes import Runtime, runtime
-from padfree.advise.timing import Clock, Timings, interleaved, milliseconds, ratio
+from padfree.advise.timing import Call, Clock, Timings, interleaved, milliseconds, ratio
 from padfree.errors import PadfreeError
-from padfree.geometry import size_text
 from padfree.record.copies import kept_random_state
 from padfree.record.inputs import check_input_size, check_model, default_input_size
 from padfree.record.recording import record
 from padfree.record.trees import first_line
-from padfree.report.macs import count_macs
+from padfree.report.macs import count_macs, count_params
 from padfree.report.smallest import minimum_input
 from padfree.types import Options
 
 _CONTROL = "control"
 _LEAST_ERROR = 0.01  # of a ratio: what a quiet machine's quartiles may hide
+_BUSY = 0.05  # of a ratio: a control that differs by more says that the machine did other things
 _BUILDS = 3
-_COLUMNS = 80
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time over the original's: the median of all turns, and the quartiles."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One form of the network.
-
-    Attributes:
-        form: "original", "stem", "downsampling" or "both".
-        rules: what `convert(model, rules=...)` makes it with.
-        places: how many are rewritten.
-        params: number of parameters.
-        macs: multiply-adds of one image as fvcore counts them; None where it cannot.
-        milliseconds: of one call, the median.
-        time: as a ratio to the original's.
-        minimum_input: the least square side in pixels that it takes; None where it was not found.
-        reason: why it was not measured; the figures are None then.
-    """
-
-    form: str
-    rules: tuple[str, ...]
-    places: int
-    params: int | None = None
-    macs: int | None = None
-    milliseconds: float | None = None
-    time: Ratio | None = None
-    minimum_input: int | None = None
-    reason: str = ""
-
-    def cells(self) -> tuple[str, ...]:
-        """Its line of the table."""
-        if self.time is None:
-            return (self.form, str(self.places), self.reason)  # the reason stands in the columns behind
-        macs = "?" if self.macs is None else f"{self.macs / 1e6:,.1f}M"
-        smallest = "?" if self.minimum_input is None else str(self.minimum_input)
-        params = f"{(self.params or 0) / 1e6:.2f}M"
-        return (self.form, str(self.places), params, macs, f"{self.milliseconds:.2f}", str(self.time), smallest)
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What the forms of a network cost in one runtime, and which to take.
-
-    Attributes:
-        model: the network's class.
-        input_size: (C, H, W).
-        batch: images a call.
-        runtime: where time was measured.
-        rows: the forms, the original first.
-        control: the original against itself, built again.
-        recommended: the form to take.
-        reason: why.
-    """
-
-    model: str
-    input_size: tuple[int, ...]
-    batch: int
-    runtime: str
-    rows: tuple[Row, ...]
-    control: Ratio
-    recommended: str
-    reason: str
-
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """What `convert(model, rules=...)` makes the recommended form with; empty for the original."""
-        return next(row.rules for row in self.rows if row.form == self.recommended)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        data = asdict(self)
-        data["input_size"] = list(self.input_size)
-        data["rows"] = [{**row, "rules": list(row["rules"])} for row in data["rows"]]
-        return data
-
-    def __str__(self) -> str:
-        head = ("form", "places", "params", "MACs", "ms", "time", "smallest")
-        lines = [head, *(row.cells() for row in self.rows)]
-        widths = [max(len(line[at]) for line in lines if len(line) == len(head)) for at in range(len(head))]
-        table = [
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip() for line in lines
-        ]
-        chosen = self.recommended if not self.rules else f"{self.recommended} (rules {' '.join(self.rules)})"
-        return "\n".join(
-            [
-                f"{self.model} at {size_text(self.input_size)}, batch {self.batch}, {self.runtime}, one thread",
-                *table,
-                f"control: the original against itself {self.control}",
-                f"recommended: {chosen}",
-                *textwrap.wrap(self.reason, _COLUMNS, initial_indent="  ", subsequent_indent="  "),
-                "  (time alone was looked at, not accuracy)",
-            ]
-        )
 
 
 def advise(
@@ -152,6 +46,8 @@ def advise(
     rounds: int = 9,
     seconds: float = 0.05,
     clock: Clock = time.process_time,
+    places: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Advice:
     """Measure the forms of a network, and say which pays.
 
@@ -164,6 +60,8 @@ def advise(
         rounds: turns of each form, in each of three builds.
         seconds: about how long one turn takes.
         clock: what tells the time.
+        places: also measure each place on its own; places that shrink together are one.
+        progress: called with what is being done.
 
     Raises:
         NothingToConvertError: the network has no other form.
@@ -178,12 +76,15 @@ def advise(
     where = _runtime(runtime)
     size = default_input_size(model) if input_size is None else check_input_size(input_size)
     with kept_random_state(), _one_thread():
-        made = forms(model, size, options or Options())
-        timings = _measured(made, where, size, batch, rounds, seconds, clock)
-    rows = tuple(_row(form, made[0], size, timings) for form in made)
+        maker = Forms(model, size, options or Options(), progress)
+        made = maker.whole_forms()
+        alone = tuple(maker.place_forms()) if places else ()
+        timings = _measured((*made, *alone), where, size, batch, rounds, seconds, clock, progress)
+        rows = _rows((*made, *alone), size, timings, progress)
     control = Ratio(**ratio(timings, _CONTROL, ORIGINAL))
-    recommended, reason = recommend(rows, control)
-    return Advice(type(model).__name__, size, batch, where.name, rows, control, recommended, reason)
+    forms, single = rows[: len(made)], rows[len(made) :]
+    recommended, reason = recommend(forms, control)
+    return Advice(type(model).__name__, size, batch, where.name, forms, control, recommended, reason, single)
 
 
 _runtime: Callable[[str | Runtime], Runtime] = runtime  # `advise` calls an argument of its own by that name
@@ -194,6 +95,14 @@ def recommend(rows: tuple[Row, ...], control: Ratio) -> tuple[str, str]:
 
     Two forms are equally fast if they differ by no more than the control's error.
     """
+    chosen, reason, error = _recommended(rows, control)
+    if error > _BUSY:
+        reason += f"; the machine was too busy to tell less than {error:.2f} apart: measure again on a quiet one"
+    return chosen, reason
+
+
+def _recommended(rows: tuple[Row, ...], control: Ratio) -> tuple[str, str, float]:
+    """The form, the reason, and by how much two forms must differ to be told apart."""
     error = max(_LEAST_ERROR, abs(control.median - 1), control.high - control.median, control.median - control.low)
     times = {row.form: row.time.median for row in rows if row.time is not None}
     fastest = min(times, key=lambda name: times[name])
@@ -202,7 +111,7 @@ def recommend(rows: tuple[Row, ...], control: Ratio) -> tuple[str, str]:
     margin = f"within {error:.2f}, what the control differs by"
     if chosen == ORIGINAL:
         others = ", ".join(f"{name} {value:.2f}" for name, value in times.items() if name != ORIGINAL)
-        return chosen, f"every other form takes longer than the original: {others} ({margin})"
+        return chosen, f"every other form takes longer than the original: {others} ({margin})", error
     reason = f"it takes {times[chosen]:.2f} of the original's time"
     if chosen != fastest:
         reason += f", as fast as {fastest} ({times[fastest]:.2f}) {margin}"
@@ -213,22 +122,28 @@ def recommend(rows: tuple[Row, ...], control: Ratio) -> tuple[str, str]:
         both, alone = counts[BOTH], counts[other]
         macs = "" if both is None or alone is None else f" and {(both - alone) / 1e6:+,.1f}M multiply-adds"
         reason += f"; {part} would add {added:+.2f}{macs}" if other in times else ""
-    return chosen, reason
+    return chosen, reason, error
 
 
 def _measured(
-    made: tuple[Form, ...],
+    made: Sequence[Form],
     where: Runtime,
     size: tuple[int, ...],
     batch: int,
     rounds: int,
     seconds: float,
     clock: Clock,
+    progress: Callable[[str], None],
 ) -> Timings:
-    builders = {form.name: where.prepare(form.model, size, batch) for form in made if form.model is not None}
+    builders: dict[str, Callable[[], Call]] = {}
+    for form in made:
+        if form.model is not None:
+            progress(f"preparing {form.name} for {where.name}")
+            builders[form.key] = where.prepare(form.model, size, batch)
     builders[_CONTROL] = builders[ORIGINAL]
     timings: Timings = {name: [] for name in builders}
-    for _ in range(_BUILDS):
+    for number in range(1, _BUILDS + 1):
+        progress(f"timing {len(builders)} networks in {where.name}, {number} of {_BUILDS}")
         try:
             found = interleaved({name: build() for name, build in builders.items()}, rounds, seconds, clock)
         except PadfreeError:
@@ -243,18 +158,30 @@ def _measured(
     return timings
 
 
-def _row(form: Form, original: Form, size: tuple[int, ...], timings: Timings) -> Row:
-    row = (form.name, form.rules, form.places)
-    if form.model is None or original.model is None:
-        return Row(*row, reason=form.reason)
-    return Row(
-        *row,
-        params=sum(parameter.numel() for parameter in form.model.parameters()),
-        macs=count_macs(form.model, size).macs,
-        milliseconds=milliseconds(timings)[form.name],
-        time=Ratio(**ratio(timings, form.name, ORIGINAL)),
-        minimum_input=minimum_input(record(original.model, size), record(form.model, size)),
-    )
+def _rows(
+    made: Sequence[Form], size: tuple[int, ...], timings: Timings, progress: Callable[[str], None]
+) -> tuple[Row, ...]:
+    """The figures of each form; a place that equals a form measured before has that one's."""
+    original = made[0].model
+    assert original is not None
+    recording, medians = record(original, size), milliseconds(timings)
+    rows: dict[str, Row] = {}
+    for form in made:
+        row = Row(form.name, form.rules, form.places, reason=form.reason)
+        if form.model is not None:
+            progress(f"counting {form.name}")
+            row = replace(
+                row,
+                params=count_params(form.model),
+                macs=count_macs(form.model, size).macs,
+                milliseconds=medians[form.key],
+                time=Ratio(**ratio(timings, form.key, ORIGINAL)),
+                minimum_input=minimum_input(recording, record(form.model, size)),
+            )
+        elif form.same and form.key not in FORMS:
+            row = replace(rows[form.same], form=form.name, rules=form.rules, reason=form.reason)
+        rows[form.key] = row
+    return tuple(rows.values())
 
 
 @contextmanager

@@ -51,6 +51,10 @@ class Maps:
         """Whether `value` is laid out (N, C, H, W)."""
         return value in self._maps
 
+    def placed(self, value: ValueId) -> bool:
+        """Whether `value` has a domain: it was live, and the model's own."""
+        return value in self._parent
+
     # -- domains --------------------------------------------------------------------------------
 
     def domain(self, value: ValueId) -> DomainId:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from padfree.columns import table
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 
@@ -195,15 +196,9 @@ class Footprint:
         return lines
 
     def __str__(self) -> str:
-        table = self.rows()
-        widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
+        rows = self.rows()
         lines = [f"footprint of {self.model} at {size_text(self.input_size)}"]
-        for row in table:
-            cells = [
-                text.rjust(width) if 3 <= at < len(row) - 1 else text.ljust(width)
-                for at, (text, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  " + "  ".join(cells).rstrip())
+        lines += table(rows, right=range(3, len(rows[0]) - 1), width=None, indent="  ")
         for name, share in self.outputs.items():
             lines.append(f"  output{' ' * bool(name)}{name}: {'?' if share is None else _percent(share)} padded")
         lines.append(f"  pixels that nothing reads: {self.unread_text()}")
@@ -238,7 +233,7 @@ class FootprintChange:
         return {"before": self.before.to_dict(maps), "after": self.after.to_dict(maps), "pairs": names}
 
     def __str__(self) -> str:
-        table = [("map", "made by", "size", "taps in padding", "padded", "outside")]
+        rows = [("map", "made by", "size", "taps in padding", "padded", "outside")]
         for before, after in self.pairs():
             shown = [layer for layer in (before, after) if layer is not None]
             if all(layer.small for layer in shown):
@@ -246,11 +241,9 @@ class FootprintChange:
             sizes, own, padded, outside = (
                 _change(before, after, figure) for figure in (_size_of, _taps_of, _padded_of, _outside_of)
             )
-            table.append((shown[0].name or "(model)", made_by(shown[0]), sizes, own, padded, outside))
-        widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
+            rows.append((shown[0].name or "(model)", made_by(shown[0]), sizes, own, padded, outside))
         lines = [f"footprint of {self.before.model} at {size_text(self.before.input_size)}, before -> after"]
-        for row in table:
-            lines.append("  " + "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip())
+        lines += table(rows, width=None, indent="  ")
         unread = (self.before.unread_text(), self.after.unread_text())
         return "\n".join([*lines, f"  pixels that nothing reads: {unread[0]} -> {unread[1]}"])
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from padfree.borders.layers import Sides
+from padfree.columns import plural, table
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 
@@ -116,16 +117,11 @@ class BorderEffect:
         return lines
 
     def __str__(self) -> str:
-        table = self.rows()
-        widths = [max(len(row[at]) for row in table) for at in range(len(table[0]))]
+        rows = self.rows()
         frame = f"{size_text(self.input_size)} with {self.margin} pixels around"
-        lines = [f"border effect of {self.model} at {frame}, {self.images} image{'s' * (self.images != 1)}"]
-        for row in table:
-            cells = [
-                text.ljust(w) if at < 2 else text.rjust(w) for at, (text, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  " + "  ".join(cells))
+        lines = [f"border effect of {self.model} at {frame}, {plural(self.images, 'image')}"]
+        lines += table(rows, right=range(2, len(rows[0])), width=None, indent="  ")
         for shift in self.shifts:
-            moved = f"moved by {shift.pixels} pixel{'s' * (shift.pixels != 1)}"
+            moved = f"moved by {plural(shift.pixels, 'pixel')}"
             lines.append(f"  {moved}: {shift.consistency:.1%} same class, logits change by {shift.change:.3f}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])

@@ -14,6 +14,7 @@ from torch import nn
 
 from padfree.advise.advice import advise
 from padfree.advise.runtimes import runtime
+from padfree.cli.status import Status, Tell
 from padfree.cli.terminal import printing
 from padfree.errors import PadfreeError
 from padfree.files.writing import replacing
@@ -49,16 +50,17 @@ def check(arguments: argparse.Namespace) -> None:
         raise PadfreeError(f"--advise compares the forms of a network and converts nothing: leave out {flag}")
 
 
-def run(build: Callable[[], nn.Module], where: str, options: Options, size: Size, targets: Targets) -> None:
+def run(build: Callable[[Tell], nn.Module], where: str, options: Options, size: Size, targets: Targets) -> None:
     """Build a network, measure its forms, and print the advice or write it as JSON.
 
     Raises:
         PadfreeError: see `padfree.advise`; or a result cannot be written.
     """
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+    # what the model's own code prints goes to stderr
+    with warnings.catch_warnings(), Status() as tell, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         try:
-            found = advise(build(), runtime=where, input_size=size, options=options)
+            found = advise(build(tell), runtime=where, input_size=size, options=options, progress=tell)
         except SystemExit as error:
             raise PadfreeError(f"the code of the network ended the program ({error.code})") from error
     text = json.dumps(found.to_dict(), indent=2)

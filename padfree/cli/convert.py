@@ -25,7 +25,9 @@ from padfree.cli.flags import parser
 from padfree.cli.folder import batches, image_files
 from padfree.cli.page import check_page, write_report
 from padfree.cli.replacing import replaced
+from padfree.cli.status import Status, Tell
 from padfree.cli.terminal import Terminated, printing, terminable
+from padfree.columns import plural
 from padfree.convert import Plan, convert, plan
 from padfree.errors import PadfreeError
 from padfree.files.checkpoint import load_checkpoint
@@ -69,12 +71,15 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.advise is not None:
         source = _source(arguments)
         size = tuple(arguments.input_size) if arguments.input_size else source.input_size
-        return advise.run(lambda: _original(arguments, source), arguments.advise, _options(arguments), size, targets)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # what the model's own code prints
+        return advise.run(
+            lambda tell: _original(arguments, source, tell), arguments.advise, _options(arguments), size, targets
+        )
+    # what the model's own code prints goes to stderr
+    with warnings.catch_warnings(), Status() as tell, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")  # the libraries' own; padfree raises instead
         source = _source(arguments)
         try:
-            report, made, comparison, told = _convert(arguments, source, targets)
+            report, made, comparison, told = _convert(arguments, source, targets, tell)
         except SystemExit as error:
             raise PadfreeError(f"the code of {source} ended the program ({error.code})") from error
     with printing():
@@ -82,24 +87,27 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _convert(
-    arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None]
+    arguments: argparse.Namespace, source: Source, targets: dict[str, Path | None], tell: Tell
 ) -> tuple[dict[str, Any], Plan, Comparison | None, str]:
     """Build, plan, convert, measure and write; the content of `--json`, the plan, the figures, and what to tell."""
     files = None if arguments.calibrate is None else image_files(arguments.calibrate)
-    original = _original(arguments, source)
+    original = _original(arguments, source, tell)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
-    made = _planned(original, arguments, size)
+    made = _planned(original, arguments, size, tell)
     comparison, told, calibration = None, "", None
     with all_or_none():
         if not arguments.plan_only:
+            tell("converting")
             converted = made.apply(original)
+            tell("comparing before and after")
             comparison = compare(original, converted, made.input_size)
             told = untrained(converted) if made.preserves else ""
             if files is not None:
-                calibration = _calibrated(original, converted, made, files)
+                calibration = _calibrated(original, converted, made, files, tell)
                 told = f"{calibration}\nfine-tune it for a few epochs at a tenth to a third of the usual learning rate"
-            _write_models(converted, made, source, targets, dynamic_sides=not arguments.fixed_sides)
+            _write_models(converted, made, source, targets, tell, dynamic_sides=not arguments.fixed_sides)
             if targets.get("report") is not None:
+                tell("measuring what padding does, for the page")
                 write_report(arguments, original, converted, made, comparison, source, told)
         report = _report(source, made, comparison, original)
         report["calibration"] = None if calibration is None else calibration.to_dict()
@@ -109,29 +117,36 @@ def _convert(
     return report, made, comparison, told
 
 
-def _calibrated(original: nn.Module, converted: nn.Module, made: Plan, files: list[Path]) -> Calibration:
+def _calibrated(original: nn.Module, converted: nn.Module, made: Plan, files: list[Path], tell: Tell) -> Calibration:
     """Fit the converted network in place, on the images of these files."""
     if not made.preserves:
         raise PadfreeError(
             "--calibrate fits a trained network, and this one begins fresh; give --pretrained or --checkpoint (or "
             "--init preserve, if it is trained and has no norms that show it)"
         )
+    tell(f"reading {plural(len(files), 'image')}")
     images = batches(original, made.input_size, files)
+    tell(f"calibrating on {plural(len(files), 'image')}")
     return calibrate(converted, images, original=original)
 
 
-def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None) -> Plan:
+def _planned(original: nn.Module, arguments: argparse.Namespace, size: tuple[int, ...] | None, tell: Tell) -> Plan:
     """The plan of everything that is asked for; its `earlier` plans are those of replacements."""
     if arguments.replace_only and not arguments.replace:
         raise PadfreeError("--replace-only is about --replace, which is not asked for")
+    if arguments.replace:
+        tell("replacing convolutions")
     model = replaced(original, arguments.replace or (), size)
+    tell("planning and verifying")
     made: Plan = model.__dict__["padfree_plan"] if arguments.replace_only else _plan(model, arguments, size)
     return made
 
 
-def _original(arguments: argparse.Namespace, source: Source) -> nn.Module:
+def _original(arguments: argparse.Namespace, source: Source, tell: Tell) -> nn.Module:
+    tell(f"{'getting the weights of' if arguments.pretrained else 'building'} {source}")
     original = source.create(arguments.pretrained)
     if arguments.checkpoint is not None:
+        tell(f"loading {arguments.checkpoint}")
         load_checkpoint(original, arguments.checkpoint)
     return original
 
@@ -236,6 +251,7 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
         "new_layers": None,
         "last_map_size": None,
         "last_map_macs": None,
+        "places": [],
     }
     if comparison is not None:
         report |= {key: value for key, value in comparison.to_dict().items() if key != "model"}
@@ -245,18 +261,27 @@ def _report(source: Source, made: Plan, comparison: Comparison | None, original:
 
 
 def _write_models(
-    converted: nn.Module, made: Plan, source: Source, targets: dict[str, Path | None], *, dynamic_sides: bool
+    converted: nn.Module,
+    made: Plan,
+    source: Source,
+    targets: dict[str, Path | None],
+    tell: Tell,
+    *,
+    dynamic_sides: bool,
 ) -> None:
     output, onnx, program = (targets.get(name) for name in ("output", "onnx", "exported_program"))
     if output is not None:
+        tell(f"writing {output}")
         save(converted, output, source)
     if onnx is not None:
         from padfree.deploy.onnx import to_onnx
 
+        tell(f"exporting to ONNX, {onnx}")
         to_onnx(converted.eval(), onnx, made.input_size, dynamic_sides=dynamic_sides)
     if program is not None:
         from padfree.deploy.program import to_exported_program
 
+        tell(f"exporting the program {program}")
         to_exported_program(converted.eval(), program, made.input_size, dynamic_sides=dynamic_sides)
 
 

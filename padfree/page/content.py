@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,10 @@ from padfree.borders.footprint import footprint
 from padfree.borders.layers import Footprint, FootprintChange, Layer, made_by
 from padfree.files.sources import Source
 from padfree.geometry import share_text, size_text
-from padfree.page.costs import Cost, costs
 from padfree.page.effects import effects_content
 from padfree.page.pictures import picture
-from padfree.record.copies import kept_random_state
-from padfree.record.recording import record
 from padfree.report.comparison import Comparison
+from padfree.report.places import Place
 from padfree.types import PlanData
 
 _STRIP = 150  # pixels that the image's longer side has in the strip
@@ -72,7 +70,7 @@ def content(request: Request) -> dict[str, Any]:
         "strip": [_strip("before", before, request.comparison, 0), _strip("after", after, request.comparison, 1)],
         "stages": [(size_text(stage.before), size_text(stage.after)) for stage in request.comparison.maps],
         "places": _places(request),
-        "costs": _costs(models, size),
+        "costs": _costs(request.comparison),
         "maps": [_pair(*pair) for pair in _shown(change.pairs())],
         "tables": [("before", before.rows()), ("after", after.rows())],
         "notes": list(dict.fromkeys((*before.notes, *after.notes, *request.comparison.notes))),
@@ -154,34 +152,20 @@ def _places(request: Request) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: order.get(row["name"], len(order)))
 
 
-def _costs(models: Sequence[nn.Module], size: tuple[int, ...]) -> list[dict[str, Any]]:
-    """By place, what changed; the rest in one row."""
-    with kept_random_state():
-        old, new = (costs(model, record(model, size)) for model in models)
-    rows, rest = [], Cost()
-    for place in dict.fromkeys((*old, *new)):
-        before, after = old.get(place, Cost()), new.get(place, Cost())
-        if before == after:
-            rest = Cost(
-                rest.params + old[place].params, rest.macs + old[place].macs, rest.elements + old[place].elements
-            )
-        else:
-            rows.append(_cost_row(place or "the model's own", before, after))
-    total = [_total(table.values()) for table in (old, new)]
-    return [*rows, _cost_row("all other places", rest, rest), _cost_row("sum", *total)]
+def _costs(comparison: Comparison) -> list[dict[str, Any]]:
+    """By place, what it cost and costs; the sum last."""
+    rows = [_cost_row(place.name or "elsewhere", place) for place in comparison.places]
+    if rows:
+        rows.append(_cost_row("sum", comparison.total()))
+    return rows
 
 
-def _total(found: Iterable[Cost]) -> Cost:
-    table = list(found)
-    return Cost(sum(c.params for c in table), sum(c.macs for c in table), sum(c.elements for c in table))
-
-
-def _cost_row(name: str, before: Cost, after: Cost) -> dict[str, Any]:
+def _cost_row(name: str, place: Place) -> dict[str, Any]:
     cells = []
     for key in ("params", "macs", "elements"):
-        old, new = getattr(before, key), getattr(after, key)
+        old, new = getattr(place.before, key), getattr(place.after, key)
         cells.append({"before": _number(old), "after": _number(new), "change": new - old})
-    return {"name": name, "cells": cells}
+    return {"name": name, "cells": cells, "maps": place.maps.macs, "layers": place.layers.macs}
 
 
 Pair = tuple[Layer | None, Layer | None]

@@ -14,24 +14,25 @@ from typing import Any
 
 from torch import nn
 
+from padfree.columns import labelled, plural, table
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
 from padfree.layers.new import new_layers
 from padfree.record.copies import kept_generators
 from padfree.record.inputs import check_input_size, default_input_size
 from padfree.record.recording import Recording, record
+from padfree.report.costs import NOTHING, costs
 from padfree.report.last_map import size_with_last_map
-from padfree.report.macs import count_macs, count_params
+from padfree.report.macs import MacCount, count_macs, count_params
+from padfree.report.places import STRIDED, Place, Side, places
 from padfree.report.smallest import minimum_input
-from padfree.types import Returned
+from padfree.types import PlanData, Returned
 from padfree.verify.resizing import returned
 
 Size = tuple[int, ...]
 
 
 _LISTED = 6  # kinds of uncounted operations that the table names
-
-_STRIDED = ("convolution", "max_pool2d_with_indices", "avg_pool2d", "_convolution", "max_pool2d")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Comparison:
         last_map_size: (C, H, W) of the image on which the converted network has the original's last map: there it
             keeps most of what a conversion costs a trained network. None: not found, or no map shrinks.
         last_map_macs: its multiply-adds on that image.
+        places: what smaller maps save and new layers add, by place, and last in the rest of the network; their sums are
+            `params` and `macs`. Empty where the plan of the conversion is not known, or fvcore cannot count.
     """
 
     model: str
@@ -91,6 +94,7 @@ class Comparison:
     new_layers: int | None = None
     last_map_size: Size | None = None
     last_map_macs: int | None = None
+    places: tuple[Place, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `maps` becomes {"before": [[H, W], ...], "after": [...]}."""
@@ -102,6 +106,9 @@ class Comparison:
         }
         data["notes"] = list(self.notes)
         data["last_map_size"] = None if self.last_map_size is None else list(self.last_map_size)
+        data["places"] = [
+            {**asdict(place), "rules": list(place.rules), "after": asdict(place.after)} for place in self.places
+        ]
         data["outputs"] = [output.to_dict() for output in self.outputs]
         return data
 
@@ -132,11 +139,30 @@ class Comparison:
         if self.last_map_size is not None:
             cost = f", {_short(self.last_map_macs)} MACs"
             rows.append(("last map back", f"on {size_text(self.last_map_size)}{cost}"))
+        if self.places and self.total().after.macs > self.total().before.macs:
+            most = max(self.places, key=lambda place: place.layers.macs)
+            added, saved = _signed(most.layers.macs), _signed(self.total().maps.macs)
+            rows.append(
+                ("costs more", f"{most.name} adds {added}, smaller maps save {saved}: padfree.advise says what pays")
+            )
         return rows
 
     def __str__(self) -> str:
-        width = max(len(label) for label, _ in self.rows())
-        return "\n".join([self.model, *(f"  {label:<{width}}  {text}" for label, text in self.rows())])
+        lines = labelled(self.rows(), indent="  ")
+        if self.places:
+            lines += ["", *table(self.place_rows(), right=range(1, 6), indent="  ")]
+        return "\n".join([self.model, *lines])
+
+    def place_rows(self) -> list[tuple[str, ...]]:
+        """The table of places, its headings first: multiply-adds, but for the last column."""
+        rows: list[tuple[str, ...]] = [("place", "MACs", "smaller maps", "new layers", "after", "parameters")]
+        rows += [_place_row(place) for place in self.places]
+        return [*rows, _place_row(self.total())] if self.places else []
+
+    def total(self) -> Place:
+        """All places together."""
+        parts = (sum((getattr(place, key) for place in self.places), NOTHING) for key in ("before", "maps", "layers"))
+        return Place("sum", (), *parts)
 
 
 @kept_generators()
@@ -175,7 +201,23 @@ def compare(original: nn.Module, converted: nn.Module, input_size: Size | None =
         new_layers=len(new_layers(converted)),
         last_map_size=larger,
         last_map_macs=None if larger is None else count_macs(converted, larger).macs,
+        places=_places((original, converted), recordings, counts, made),
     )
+
+
+def _places(
+    models: tuple[nn.Module, nn.Module],
+    recordings: tuple[Recording, Recording],
+    counts: tuple[MacCount, MacCount],
+    plan: PlanData | None,
+) -> tuple[Place, ...]:
+    if plan is None or any(count.macs is None for count in counts):
+        return ()
+    sides = [
+        Side(model, recording, costs(model, recording, count.own))
+        for model, recording, count in zip(models, recordings, counts, strict=True)
+    ]
+    return places(sides[0], sides[1], plan)
 
 
 def _larger(converted: Recording, stages: tuple[tuple[str, StageMap], ...]) -> Size | None:
@@ -197,7 +239,7 @@ def _stages(original: Recording, converted: Recording) -> Iterator[tuple[str, St
     The converted network has that module too.
     """
     for op in original.ops:
-        if op.kind not in _STRIDED or not op.inputs or not op.outputs:
+        if op.kind not in STRIDED or not op.inputs or not op.outputs:
             continue
         read, written = (original.values[index].shape for index in (op.inputs[0], op.outputs[0]))
         if len(read) != 4 or len(written) != 4 or not _shrinks(read, written):
@@ -221,6 +263,25 @@ def _written(recording: Recording, path: str) -> Size | None:
     return shape[-2:] if len(shape) == 4 else None
 
 
+def _place_row(place: Place) -> tuple[str, ...]:
+    changes = (_signed(place.maps.macs), _signed(place.layers.macs))
+    params = (place.after - place.before).params
+    return (
+        place.name or "elsewhere",
+        _short(place.before.macs),
+        *changes,
+        _short(place.after.macs),
+        f"{params:+,}" if params else "-",
+    )
+
+
+def _signed(value: int) -> str:
+    """A change, with a sign; "-" where there is none."""
+    if not value:
+        return "-"
+    return f"{value / 1e9:+.3f}G" if abs(value) >= 1e9 else f"{value / 1e6:+.2f}M"
+
+
 def _number(value: int | None) -> str:
     return "?" if value is None else f"{value:,}"
 
@@ -236,7 +297,7 @@ def _size(size: Size) -> str:
 
 
 def _side(side: int | None) -> str:
-    return "unknown" if side is None else f"{side} pixel{'s' * (side > 1)} a side"
+    return "unknown" if side is None else f"{plural(side, 'pixel')} a side"
 
 
 def _line(pair: Pair, form: Any) -> str:

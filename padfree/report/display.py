@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections import Counter
 
+from padfree.columns import WIDTH, labelled, plural, table
 from padfree.geometry import size_text
 from padfree.report.comparison import Comparison
 from padfree.types import PlanData, words
@@ -28,7 +29,7 @@ def summary(title: str, plan: PlanData) -> str:
     rules = Counter(match.rule for match in plan.matches)
     parts = ", ".join(f"{number} {rule}" for rule, number in rules.items()) or "none"
     size = size_text(plan.input_size)
-    places = f"{len(plan.matches)} place{'s' * (len(plan.matches) != 1)} to convert"
+    places = f"{plural(len(plan.matches), 'place')} to convert"
     return f"{title} at {size}: {places} ({parts}), {len(plan.skips)} left alone"
 
 
@@ -36,9 +37,9 @@ def _plain(title: str, plan: PlanData, comparison: Comparison | None) -> list[st
     lines = [summary(title, plan)]
     lines += [f"  {item}" for item in (*plan.matches, *plan.skips, *plan.outputs)]
     if comparison is not None:
-        rows = comparison.rows()
-        width = max(len(label) for label, _ in rows)
-        lines += [f"{label:<{width}}  {text}" for label, text in rows]
+        lines += labelled(comparison.rows())
+        if comparison.places:
+            lines += ["", *table(comparison.place_rows(), right=range(1, 6))]
     return lines
 
 
@@ -77,3 +78,5 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
         for label, text in comparison.rows():
             figures.add_row(label, Text(text))
         console.print(figures)
+        for line in table(comparison.place_rows(), right=range(1, 6), width=min(width, WIDTH)):
+            console.print(Text(line))

@@ -6,8 +6,8 @@ import contextlib
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,19 @@ _WEIGHT, _POINT_WEIGHT = 2, 12  # of padfree::chain's inputs, by its schema
 
 @dataclass(frozen=True)
 class MacCount:
-    """fvcore's total for one image, what it left out, and why there is no total if there is none."""
+    """fvcore's count for one image.
+
+    Attributes:
+        macs: the total; None if there is none.
+        uncounted: operations that it left out, with their number.
+        note: why there is no total.
+        own: of `macs`, what is each module's own, by path, without its children; it adds up to `macs`.
+    """
 
     macs: int | None
     uncounted: Counter[str]
     note: str = ""
+    own: Mapping[str, int] = field(default_factory=dict)
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
@@ -46,11 +54,21 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
             analysis.set_op_handle("padfree::chain", _chain_macs)
             analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
             total = int(analysis.total())
+            own = _own(analysis.by_module())
             skipped = sorted(analysis.unsupported_ops().items())
     except Exception as error:  # fvcore and the tracer raise anything; the comparison goes on without
         why = f"{type(error).__name__}: {first_line(error)}"
         return MacCount(None, Counter(), f"fvcore cannot count it: {why}")
-    return MacCount(total, Counter({name.rpartition("::")[2]: number for name, number in skipped}))
+    return MacCount(total, Counter({name.rpartition("::")[2]: number for name, number in skipped}), own=own)
+
+
+def _own(counted: Mapping[str, int]) -> dict[str, int]:
+    """Of counts in which each module's has those of its children, what is its own."""
+    own = {path: int(number) for path, number in counted.items()}
+    for path, number in counted.items():
+        if path:
+            own[path.rpartition(".")[0]] -= int(number)
+    return {path: number for path, number in own.items() if number}
 
 
 def _chain_macs(inputs: list[Any], outputs: list[Any]) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import padfree
-from padfree.advise.advice import Ratio, Row, recommend
+from padfree.advise.advice import recommend
 from padfree.advise.forms import FORMS
+from padfree.advise.results import Ratio, Row
 from padfree.advise.runtimes import RUNTIMES, Runtime
 from padfree.advise.timing import interleaved, ratio
 from padfree.cli import main
@@ -69,6 +70,7 @@ def test_turns_are_taken_and_ratios_are_turn_by_turn() -> None:
         ({"stem": 1.1, "downsampling": 1.05, "both": 1.2}, (1, 1, 1), "original", "every other form takes longer"),
         ({"stem": 1.1, "downsampling": 1.05, "both": 1.2}, (0.97, 0.91, 1), "downsampling", "as fast as original"),
         ({"stem": 1.1, "downsampling": 1.05, "both": 1.2}, (1.06, 1.06, 1.06), "downsampling", "within 0.06"),
+        ({"stem": 1.1, "downsampling": 1.05, "both": 1.2}, (1.06, 1.06, 1.06), "downsampling", "too busy to tell less"),
         ({"stem": 0.8, "downsampling": 0.9, "both": 1.0}, (1, 1, 1), "stem", "the rest would add +0.20"),
         ({"stem": 0.8}, (1, 1, 1), "stem", "it takes 0.80"),
         ({"downsampling": 1.02}, (1, 1, 1), "original", "downsampling 1.02"),
@@ -113,15 +115,56 @@ def test_the_forms_are_measured_and_the_network_stays() -> None:
     assert [row.time.median for row in advice.rows] == expected  # type: ignore[union-attr]
     assert advice.control == Ratio(1, 1, 1)
     assert advice.recommended == "original" and advice.rules == ()
-    assert [row.params for row in advice.rows] == [sum(p.numel() for p in each.parameters()) for each in seen]
+    assert [row.params for row in advice.rows] == [sum(p.numel() for p in each.parameters()) for each in seen[:4]]
     assert next(row.macs for row in advice.rows) == padfree.compare(model, seen[3], SIZE).macs.original
     assert [row.minimum_input for row in advice.rows][::3] == [1, padfree.compare(model, seen[3], SIZE).minimum_input]
     assert model.training and not padfree.is_converted(model) and torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    # alone: the stem is a form measured before, and each place takes what its own layers add
+    stem, depthwise, dense = advice.places
+    assert [row.form for row in advice.places] == ["0.0", "1.0", "2.0"]
+    assert [row.rules for row in advice.places] == [("stem",), ("depthwise",), ("dense",)]
+    assert [row.places for row in advice.places] == [1, 1, 1]
+    assert stem.time == advice.rows[1].time and stem.reason == "the same as stem"
+    assert [row.time.median for row in (depthwise, dense)] == [1.0, (plain + 1) / plain]  # type: ignore[union-attr]
+    assert [row.params for row in (depthwise, dense)] == [
+        sum(p.numel() for p in each.parameters()) for each in seen[4:]
+    ]
+    for row, only in ((depthwise, "1.0"), (dense, "2.0")):
+        alone = padfree.compare(model, padfree.convert(model, input_size=SIZE, include=[only]), SIZE)
+        assert (row.macs, row.minimum_input) == (alone.macs.converted, alone.minimum_input)
     text = str(advice)
+    assert "one place alone:\n  0.0 " in text
     assert max(map(len, text.splitlines())) <= 80 and "recommended: original" in text
     assert json.loads(json.dumps(advice.to_dict()))["rows"][3]["rules"] == ["depthwise", "dense", "projection", "stem"]
+
+
+class Merging(nn.Module):
+    """Two branches that downsample, and are summed: one place. Its module is named like a form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.both = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 1))
+        self.other = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return (self.both(x) + self.other(x)).mean((2, 3))
+
+
+def test_what_shrinks_together_is_one_place() -> None:
+    bench, seen = Bench(), []  # type: ignore[var-annotated]
+    settings = {"input_size": SIZE, "batch": 2, "rounds": 1, "seconds": 0, "clock": bench.clock}
+    told: list[str] = []
+    advice = padfree.advise(Merging(), runtime=by_macs(bench, seen), **settings, progress=told.append)  # type: ignore[arg-type]
+    (place,) = advice.places
+    assert (place.form, place.places) == ("both.0 and 1 more", 2)
+    assert place.reason == "the same as downsampling" and place.time == advice.rows[2].time
+    assert [row.form for row in advice.rows] == list(FORMS)
+    assert {"planning both", "planning both.0 and 1 more", "preparing original for seconds"} <= set(told)
+    assert [text for text in told if "timing" in text] == [f"timing 3 networks in seconds, {n} of 3" for n in (1, 2, 3)]
 
 
 def test_a_form_that_does_not_exist_says_so() -> None:
@@ -135,7 +178,9 @@ def test_a_form_that_does_not_exist_says_so() -> None:
         rounds=1,
         seconds=0,
         clock=bench.clock,
+        places=False,
     )
+    assert advice.places == () and "one place alone" not in str(advice)
     assert [row.reason for row in advice.rows] == ["", "nothing to convert", "", "the same as downsampling"]
     assert len(seen) == 2 and "the same as downsampling" in str(advice)
 

@@ -20,10 +20,8 @@ from padfree.cli.convert import main
 from padfree.errors import PadfreeError
 from padfree.files.sources import Source
 from padfree.page.content import Request, content
-from padfree.page.costs import Cost, costs
 from padfree.page.pictures import palette, picture
 from padfree.page.writing import render, write_page
-from padfree.record.recording import record
 from padfree.report.comparison import compare
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><script>alert(2)</script>"
@@ -170,16 +168,6 @@ def test_pictures_are_exact() -> None:
     assert pixels == [colours[at] for at in (0, 128, 255, 255, 0, 0)]
     wide = picture(torch.zeros(300, 10))
     assert Image.open(io.BytesIO(base64.b64decode(wide.partition(",")[2]))).size == (10, 128)
-
-
-def test_costs_by_hand() -> None:
-    model = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(64, 5))
-    )
-    found = costs(model, record(model, (3, 8, 8)))
-    assert found["0"] == Cost(3 * 4 * 9 + 4, 16 * 4 * 27, 2 * 64)
-    assert (found["1"].params, found["1"].macs) == (64 * 5 + 5, 64 * 5)
-    assert sum(cost.params for cost in found.values()) == sum(p.numel() for p in model.parameters())
 
 
 # the command

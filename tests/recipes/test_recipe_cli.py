@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from padfree.recipes import cli, load, names
+from padfree.recipes.checkpoints import Epoch, Progress
 from padfree.recipes.cli import main
+from padfree.recipes.train import Run, ending
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    assert tuple(capsys.readouterr().out.split()) == names()
+    lines = capsys.readouterr().out.splitlines()
+    assert tuple(line.split()[0] for line in lines if not line.startswith(" ")) == names()
     assert main(["list", "--json"]) == 0
     assert tuple(json.loads(capsys.readouterr().out)) == names()
 
@@ -115,6 +120,14 @@ def test_train_evaluate_and_compare(small: Path, tmp_path: Path, capsys: pytest.
     common = [str(small), "--cpu", "--quiet"]
     run = folder / "padfree-seed0"
     assert main(["train", *common, "training.epochs=1", "--out", str(run)]) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.out.splitlines()  # the one line that --quiet leaves
+    assert captured.err == ""
+    figures = r"best (\d+\.\d\d) % \(epoch 1\), last (\d+\.\d\d) % \(epoch 1\) in (\S+); next: (.*)"
+    best, last, where, command = re.fullmatch(figures, line).groups()  # type: ignore[union-attr]
+    assert best == last and where == str(run) and shlex.split(command)[0] == "padfree-recipes"
+    assert main([*shlex.split(command)[1:], "--cpu"]) == 0
+    assert f"top-1 {best} % of 360 images" in capsys.readouterr().out
     assert main(["evaluate", str(run), "--cpu", "--json", "-"]) == 0
     captured = capsys.readouterr()
     evaluated = json.loads(captured.out)
@@ -133,6 +146,28 @@ def test_train_evaluate_and_compare(small: Path, tmp_path: Path, capsys: pytest.
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "top-1 % (2 seeds)" in out and f"{padfree['mean']:.2f} ± {padfree['spread']:.2f}" in out
+    assert out.count("next: ") == 0  # the table is the end, not each run's line
+
+
+def test_an_epoch_is_a_line_where_no_bar_can_be_drawn(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["train", str(small), "--cpu", "--out", str(tmp_path / "run"), "training.epochs=2"]
+    assert main(run) == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert [line.partition(", loss")[0] for line in lines] == ["run: epoch 1/2", "run: epoch 2/2"]
+    assert all(re.search(r"loss \d+\.\d{3}, test \d+\.\d\d %, [\d,]+ images/s$", line) for line in lines)
+    assert not set(captured.err) & {"\r", "\x1b"}
+    assert captured.out.startswith("best ") and "last " in captured.out
+
+
+def test_the_best_epoch_is_told_beside_the_last() -> None:
+    epochs = [Epoch(n, 0.1, 1.0, 50.0, 10, 1.0, top1, 5, 10.0, 1.0) for n, top1 in ((1, 50.0), (2, 62.5), (3, 61.25))]
+    run = Run(load("digits/resnet20"), folder=Path("a run"))
+    assert ending(run, Progress(tuple(epochs))) == (
+        "best 62.50 % (epoch 2), last 61.25 % (epoch 3) in a run; next: padfree-recipes evaluate 'a run'"
+    )
 
 
 def test_a_damaged_image_in_a_loading_process_is_one_line(
