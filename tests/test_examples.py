@@ -31,8 +31,11 @@ def test_there_are_three_examples() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
-    assert run(path, tmp_path).strip()
+    said = run(path, tmp_path).strip()
+    assert said
     assert list(tmp_path.iterdir()) == []
+    if said.startswith("left out:"):
+        pytest.skip(said)
 
 
 def test_the_output_in_the_readme_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

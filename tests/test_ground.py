@@ -137,7 +137,7 @@ def test_requirements_and_commands() -> None:
     required = listed("options", "install_requires")
     assert required == ["torch>=2.13", "torchvision", "timm", "fvcore", "safetensors", "rich"]
     extras = set(config()["options.extras_require"])
-    assert extras == {"bsconv", "recipes", "data", "onnx", "interop", "report", "docs", "all", "test", "dev"}
+    assert extras == {"bsconv", "recipes", "data", "onnx", "deploy", "interop", "report", "docs", "all", "test", "dev"}
     scripts = {entry.name: entry.value for entry in importlib.metadata.entry_points(group="console_scripts")}
     assert scripts["padfree-convert"] == "padfree.cli:main"
     assert scripts["padfree-recipes"] == "padfree.recipes.cli:main"

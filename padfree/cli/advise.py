@@ -24,7 +24,7 @@ Size = tuple[int, ...] | None
 Targets = Mapping[str, Path | None]
 _CONVERTING = (
     *("rules", "include", "exclude", "no_check", "calibrate", "replace", "replace_only"),
-    *("plan_only", "report", "output", "onnx", "exported_program"),
+    *("plan_only", "report", "output", "onnx", "int8", "exported_program"),
 )  # what asks for one conversion
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from padfree.adapt.calibrate import calibrate
 from padfree.adapt.report import Calibration
-from padfree.cli import advise
+from padfree.cli import advise, int8
 from padfree.cli.flags import parser
 from padfree.cli.folder import batches, image_files
 from padfree.cli.page import check_page, write_report
@@ -94,7 +94,7 @@ def _convert(
     original = _original(arguments, source, tell)
     size = tuple(arguments.input_size) if arguments.input_size else source.input_size
     made = _planned(original, arguments, size, tell)
-    comparison, told, calibration = None, "", None
+    comparison, told, calibration, quantized = None, "", None, None
     with all_or_none():
         if not arguments.plan_only:
             tell("converting")
@@ -105,12 +105,17 @@ def _convert(
             if files is not None:
                 calibration = _calibrated(original, converted, made, files, tell)
                 told = f"{calibration}\nfine-tune it for a few epochs at a tenth to a third of the usual learning rate"
-            _write_models(converted, made, source, targets, tell, dynamic_sides=not arguments.fixed_sides)
+            _write_models(converted, made, source, targets, tell, arguments)
+            if arguments.int8 is not None:
+                tell(f"exporting to ONNX in int8, {arguments.onnx}")
+                quantized = int8.write(arguments, original, converted, made, Path(arguments.onnx))
+                told = f"{told}\n{quantized}".strip()
             if targets.get("report") is not None:
                 tell("measuring what padding does, for the page")
                 write_report(arguments, original, converted, made, comparison, source, told)
         report = _report(source, made, comparison, original)
         report["calibration"] = None if calibration is None else calibration.to_dict()
+        report["int8"] = None if quantized is None else quantized.to_dict()
         if targets.get("json") is not None:
             with replacing(Path(str(targets["json"]))) as temporary:
                 temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -168,6 +173,10 @@ def _check_targets(arguments: argparse.Namespace) -> dict[str, Path | None]:
     if arguments.plan_only and arguments.calibrate is not None:
         raise PadfreeError("--plan-only converts nothing, so there is nothing to calibrate")
     check_page(arguments)
+    int8.check(arguments)
+    if not arguments.time_limit >= 0:
+        raise PadfreeError(f"--time-limit {arguments.time_limit:g}: a length of time is not negative")
+    arguments.time_limit = arguments.time_limit or None
     if arguments.fixed_sides and not {"onnx", "exported_program"} & targets.keys():
         raise PadfreeError("--fixed-sides is about --onnx and --exported-program, and neither is asked for")
     if targets.get("output") is not None and Path(arguments.output).suffix != ".safetensors":
@@ -266,23 +275,23 @@ def _write_models(
     source: Source,
     targets: dict[str, Path | None],
     tell: Tell,
-    *,
-    dynamic_sides: bool,
+    arguments: argparse.Namespace,
 ) -> None:
     output, onnx, program = (targets.get(name) for name in ("output", "onnx", "exported_program"))
+    size, free, limit = made.input_size, not arguments.fixed_sides, arguments.time_limit
     if output is not None:
         tell(f"writing {output}")
         save(converted, output, source)
-    if onnx is not None:
+    if onnx is not None and arguments.int8 is None:
         from padfree.deploy.onnx import to_onnx
 
         tell(f"exporting to ONNX, {onnx}")
-        to_onnx(converted.eval(), onnx, made.input_size, dynamic_sides=dynamic_sides)
+        to_onnx(converted.eval(), onnx, size, dynamic_sides=free, time_limit=limit)
     if program is not None:
         from padfree.deploy.program import to_exported_program
 
         tell(f"exporting the program {program}")
-        to_exported_program(converted.eval(), program, made.input_size, dynamic_sides=dynamic_sides)
+        to_exported_program(converted.eval(), program, size, dynamic_sides=free, time_limit=limit)
 
 
 def _publish(

@@ -8,7 +8,7 @@ from typing import Any
 
 import padfree
 from padfree import kernels
-from padfree.cli import advise
+from padfree.cli import advise, int8
 from padfree.cli.parser import Parser
 from padfree.cli.replacing import HELP as REPLACE_HELP
 from padfree.types import Options
@@ -68,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--images", metavar="FOLDER", help="images for --report to measure the border effect on")
     result.add_argument("--output", metavar="FILE", help="a .safetensors file for padfree.load")
     result.add_argument("--onnx", metavar="FILE", help="export the converted model to ONNX")
+    int8.add_flag(result)
     result.add_argument("--exported-program", metavar="FILE", help="export it as a torch.export program (.pt2)")
     result.add_argument("--fixed-sides", action="store_true", help="export for this input size only; the batch is free")
+    limit = "end an export that takes longer (default: %(default)g; 0 for no limit)"
+    result.add_argument("--time-limit", type=float, default=3600.0, metavar="SECONDS", help=limit)
     return made

@@ -16,6 +16,7 @@ from torch import nn
 
 from padfree.deploy.blame import cause, place_in_graph, place_in_model
 from padfree.deploy.guards import allow_single_pixels
+from padfree.deploy.limits import Stage, check_limit, limited
 from padfree.errors import PadfreeError
 from padfree.files.writing import check_target, replacing
 from padfree.geometry import size_text
@@ -24,7 +25,11 @@ from padfree.record.inputs import check_input_size, default_input_size, random_i
 from padfree.record.trees import first_line
 
 HINT = "Hint: a network tied to one image size takes dynamic_sides=False (--fixed-sides)"
-
+ADVICE = (
+    "free sides are what takes long: dynamic_sides=False (--fixed-sides) exports for one size, or give it a longer "
+    "time_limit (--time-limit)"
+)
+TRACING = "tracing the network with torch.export"
 
 _TRACED_BATCH = 2
 
@@ -38,6 +43,7 @@ def to_exported_program(
     input_size: tuple[int, ...] | None = None,
     *,
     dynamic_sides: bool = True,
+    time_limit: float | None = None,
 ) -> Path:
     """Write a program of `torch.export` (conventionally `.pt2`); `torch.export.load(path).module()` runs it.
 
@@ -47,16 +53,33 @@ def to_exported_program(
         input_size: (C, H, W) to trace with; default: the size it was converted at,
             else that of its `pretrained_cfg`, else (3, 224, 224).
         dynamic_sides: leave height and width free; with False only the batch is.
+        time_limit: seconds that it may take; None for no limit.
 
     Returns:
         `path`.
 
     Raises:
-        PadfreeError: the model is in training mode, or part of it cannot be exported (naming the module).
+        PadfreeError: the model is in training mode, part of it cannot be exported (naming the module), or the time is
+            up.
         FileError: the file cannot be written.
     """
+    check_limit(time_limit)
     target = check_target(path)
+    stage = Stage(TRACING)
+
+    def write() -> None:
+        content = _content(model, input_size, dynamic_sides, stage)
+        with replacing(target) as temporary:
+            temporary.write_bytes(content.getbuffer())
+
+    limited(time_limit, f"the export of {type(model).__name__}", stage, ADVICE, write)
+    return target
+
+
+def _content(model: nn.Module, input_size: tuple[int, ...] | None, dynamic_sides: bool, stage: Stage) -> io.BytesIO:
+    """What the file holds."""
     program, size = exported(model, input_size, dynamic_sides)
+    stage.text = "checking and packing the program"
     if dynamic_sides:
         with quietly():
             allow_single_pixels(program, model, size)
@@ -69,9 +92,7 @@ def to_exported_program(
             f"{type(model).__name__} cannot be saved as a program: {in_graph(program, model, error)}{cause(error)}"
             + (f". {HINT}" if dynamic_sides else "")
         ) from error
-    with replacing(target) as temporary:
-        temporary.write_bytes(content.getbuffer())
-    return target
+    return content
 
 
 def exported(

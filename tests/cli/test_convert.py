@@ -321,7 +321,8 @@ def test_output_and_json_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_exports_are_wired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
-    def export(model: nn.Module, path: Path, size: tuple[int, ...], *, dynamic_sides: bool) -> None:
+    def export(model: nn.Module, path: Path, size: tuple[int, ...], *, dynamic_sides: bool, time_limit: float) -> None:
+        assert time_limit == 3600
         calls.append((path.name, size, dynamic_sides, model.training, padfree.is_converted(model)))
 
     monkeypatch.setattr("padfree.deploy.onnx.to_onnx", export)
