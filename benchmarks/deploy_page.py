@@ -18,7 +18,7 @@ _AGREES = {"fp32": 1e-3, "int8": 1.0}  # of the largest output; in int8 the figu
 
 def page(cells: list[Cell]) -> str:
     """The tables of all cells, as Markdown."""
-    networks = sorted({cell["key"]["network"] for cell in cells}, key=lambda name: (name not in PAPER, name))
+    networks = sorted({cell["key"]["network"] for cell in cells}, key=lambda name: (*map(name.__ne__, PAPER), name))
     rows: dict[Row, dict[str, Cell]] = {}
     for cell in cells:
         key = cell["key"]
@@ -26,7 +26,8 @@ def page(cells: list[Cell]) -> str:
     ordered = sorted(rows, key=lambda row: (row[2], row[1], list(RUNTIMES).index(row[0])))
     machines = sorted({title(cell["machine"]) for cell in cells if "machine" in cell})
     versions = {name: version for cell in cells for name, version in cell.get("versions", {}).items()}
-    lines = [f"Batch 1, one core; {'; '.join(machines)}. " + _versions(versions), ""]
+    where = ["Batch 1, one core", *machines, *(f"{name} {versions[name]}" for name in sorted(versions))]
+    lines = [", ".join(where) + ".", ""]
     lines += [
         "Time, padding-free over original, with the control (the original over itself, built again) in brackets:",
         "",
@@ -37,10 +38,6 @@ def page(cells: list[Cell]) -> str:
     reasons = _reasons(cells)
     lines += ["", *reasons] if reasons else []
     return "\n".join(lines)
-
-
-def _versions(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items())) + "."
 
 
 def _table(

@@ -74,13 +74,12 @@ def limited(seconds: float | None, what: str, stage: Stage, advice: str, work: C
             return work()
         finally:
             with lock:
-                done.set()
-            _raise_in(worker, None)  # one that was set and not raised yet
+                done.set()  # a function of Python's: an exception that was set before is raised here at the latest
     except _TimeUp:
         done.set()
         raise PadfreeError(f"{what} took longer than {seconds:g} s, while {stage.text}; {advice}") from None
 
 
-def _raise_in(thread: int, kind: type[BaseException] | None) -> None:
-    exception = None if kind is None else ctypes.py_object(kind)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), exception)
+def _raise_in(thread: int, kind: type[BaseException]) -> None:
+    # never with NULL, which takes an exception back: CPython 3.11 then looks for one forever, and hangs in profilers
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_other_errors_pass_and_a_limit_that_is_kept_does_nothing() -> None:
         limited(1e9, "the work", stage, "", lambda: 1 // 0)
     for seconds in (None, 1e9, float("inf")):
         assert limited(seconds, "the work", stage, "", lambda: 7) == 7
+    seen: list[Any] = []
+    sys.setprofile(lambda *event: seen.append(event[1]))  # which hangs where the interpreter is left waiting
+    try:
+        Stage("called")
+    finally:
+        sys.setprofile(None)
+    assert "call" in seen
 
 
 @pytest.mark.parametrize("write", [to_onnx, to_exported_program])
