@@ -6,11 +6,6 @@ python examples/int8_pt2e.py
 
 import sys
 
-import timm
-import torch
-
-import padfree
-
 try:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
@@ -23,6 +18,11 @@ try:
 except ImportError as error:
     print(f"left out: {error.name} is not installed")
     sys.exit()
+
+import timm
+import torch
+
+import padfree
 
 torch.manual_seed(0)
 SIZE = (3, 96, 96)

@@ -5,13 +5,6 @@ python examples/run_in_executorch.py network.safetensors folder/      # a file o
 """
 
 import sys
-import tempfile
-from pathlib import Path
-
-import timm
-import torch
-
-import padfree
 
 try:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -20,6 +13,14 @@ try:
 except ImportError as error:
     print(f"left out: {error.name} is not installed")
     sys.exit()
+
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+
+import padfree
 
 torch.manual_seed(0)
 if len(sys.argv) == 3:

@@ -4,15 +4,7 @@ pip install ncnn pnnx
 python examples/run_in_ncnn.py network.safetensors folder/      # a file of padfree-convert --output
 """
 
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-
-import timm
-import torch
-
-import padfree
 
 try:
     import ncnn
@@ -20,6 +12,15 @@ try:
 except ImportError as error:
     print(f"left out: {error.name} is not installed")
     sys.exit()
+
+import subprocess
+import tempfile
+from pathlib import Path
+
+import timm
+import torch
+
+import padfree
 
 torch.manual_seed(0)
 if len(sys.argv) == 3:

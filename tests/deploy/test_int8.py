@@ -65,7 +65,10 @@ def counted(graph: Any) -> dict[str, int]:
     return {kind: kinds.count(kind) for kind in SHORTCUTS}
 
 
-@pytest.mark.parametrize("options", [{}, {"merge": "norm", "stem_residual": True, "projection": "dense"}])
+OTHERWISE = {"merge": "norm", "stem_residual": True, "projection": "dense"}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(OTHERWISE, marks=pytest.mark.slow)])
 def test_shortcuts_stay_on_integers(options: dict[str, Any], tmp_path: Path) -> None:
     """No sum, concatenation or pool is in float, and nothing on the way to or from one is dequantized."""
     model = converted(with_all_shortcuts, **options)
