@@ -1,6 +1,6 @@
 """Which runtimes take a padding-free network, and is it as fast there as its original?
 
-    python -m benchmarks.deploy                                    # everything that is installed: about an hour
+    python -m benchmarks.deploy                                    # everything that is installed
     python -m benchmarks.deploy --networks timm:resnet18 --runtimes "ONNX Runtime" ncnn
     python -m benchmarks.deploy --report --page docs/deploy.md     # measure nothing, write the tables of the page
 

@@ -86,7 +86,7 @@ def write_int8(
     stage, size = Stage(TRACING), tuple(calibration[0].shape[1:])
 
     def write() -> Int8:
-        # with its stem's 1x1 whole: a sum on integers scales both sides again, which costs more than a concatenation
+        # with its stem's 1x1 whole: of two, each half would be rounded to eight bits before they are summed
         graph = onnx_graph(model, size, dynamic_sides=dynamic_sides, opset=opset, lower=None, stage=stage)
         with tempfile.TemporaryDirectory() as folder:
             plain, quantized = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
