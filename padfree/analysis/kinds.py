@@ -54,6 +54,10 @@ ATTENTION = frozenset({"bmm", "baddbmm", "_scaled_dot_product_flash_attention", 
 STATISTICS = frozenset({"mean", "var", "var_mean", "std", "std_mean", "sum", "linalg_vector_norm", "norm"})
 
 
+# Operations whose output's length depends on values.
+COUNTING = frozenset({"nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2"})
+
+
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot"})
 
 

@@ -22,17 +22,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from padfree.analysis.kinds import AVG_POOLS, MAX_POOLS, PRODUCTS, VIEWS, plain_kind
+from padfree.analysis.kinds import AVG_POOLS, COUNTING, MAX_POOLS, PRODUCTS, VIEWS, plain_kind
 from padfree.errors import Refusal
 from padfree.record.recording import Recording
 from padfree.rewrite.forward import original_class
 from padfree.rewrite.operations import AddChild, MoveChild, Operation, Reforward, ReplaceEnd, Substitute
 from padfree.verify.resizing import CUTS, PADS, RESAMPLING
 
-COUNTING = ("nonzero", "nonzero_numpy", "masked_select", "nms", "unique", "_unique2")
-"""Operations whose output's length depends on values."""
-
-_DECIDING = (*COUNTING, "_local_scalar_dense", "is_nonzero", "equal")
+_DECIDING = COUNTING | {"_local_scalar_dense", "is_nonzero", "equal"}
 _LAYOUT = VIEWS | PADS | CUTS | {"split", "split_with_sizes", "unfold", "copy", "_pad_circular"}
 _WON = frozenset({"add", "max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "cat", "index_select"})
 _LOST = MAX_POOLS | AVG_POOLS

@@ -9,8 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from padfree.analysis.kinds import AFFINE
+from padfree.analysis.kinds import AFFINE, COUNTING
 from padfree.errors import Refusal
+from padfree.indices import ValueId
 from padfree.record.recorder import Op
 from padfree.record.recording import Recording, path_of, shape_at
 from padfree.types import Returned
@@ -85,9 +86,19 @@ def check_resizing(
 
 def _resizing(recording: Recording, place: Callable[[str], str] = str) -> dict[tuple[str, str], list[Op]]:
     found: dict[tuple[str, str], list[Op]] = {}
+    counted = _counted(recording)
     for op in recording.ops:
-        if _resizes(recording, op):
+        if _resizes(recording, op) and counted.isdisjoint(op.inputs):
             found.setdefault((op.kind, place(path_of(recording, op))), []).append(op)
+    return found
+
+
+def _counted(recording: Recording) -> set[ValueId]:
+    """What is made of things found in an image, such as boxes, of which there may be more or fewer."""
+    found: set[ValueId] = set()
+    for op in recording.ops:
+        if op.kind in COUNTING or not found.isdisjoint(op.inputs):
+            found.update(op.outputs)
     return found
 
 
@@ -109,8 +120,9 @@ Cut = tuple[tuple[int, ...], tuple[int, ...]]
 def _cuts(recording: Recording, rewritten: frozenset[str], place: Callable[[str], str] = str) -> dict[str, list[Cut]]:
     """By module path, the shapes before and after of each operation that takes pixels off a map's sides."""
     found: dict[str, list[Cut]] = {}
+    counted = _counted(recording)
     for op in recording.ops:
-        if op.kind not in CUTS or not (op.inputs and op.outputs):
+        if op.kind not in CUTS or not (op.inputs and op.outputs) or not counted.isdisjoint(op.inputs):
             continue
         path = path_of(recording, op)
         if path in rewritten and op.kind == "slice" and op.args[0][2:] == _INNER:

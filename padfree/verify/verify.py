@@ -15,13 +15,14 @@ from typing import Any
 
 from torch import nn
 
+from padfree.analysis.kinds import COUNTING
 from padfree.errors import Refusal
 from padfree.record.copies import full_copy, in_mode
 from padfree.record.recording import ForwardFailedError, Recording, path_of, record, shape_at
 from padfree.record.trees import repeat_batch
 from padfree.rewrite.effects import asks_for_mode
 from padfree.rewrite.operations import Operation, Resize, SetAttributes, Substitute
-from padfree.verify.calls import COUNTING, Changed, check_calls
+from padfree.verify.calls import Changed, check_calls
 from padfree.verify.places import check_places
 from padfree.verify.resizing import check_broadcasting, check_resizing, check_sides
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import padfree
 from padfree import Options
+from padfree.errors import Refusal
+from padfree.record.recording import record
+from padfree.verify.resizing import check_resizing
 
 ACCEPT = Options(allow_resize=True)
 
@@ -244,3 +247,25 @@ def test_outputs_that_are_none(outputs: Any) -> None:
 def test_a_plan_that_converts_nothing_shows_them_too() -> None:
     plan = padfree.plan(Returns(lambda x, a, b: twice(b)), rules=["depthwise"], input_size=(3, SIDE, SIDE))
     assert not plan.matches and str(plan).endswith("output     16x16")
+
+
+class Finder(nn.Module):
+    """Finds so many things in an image, and stretches what it cuts out at each; the image too, if `whole`."""
+
+    def __init__(self, things: int, whole: bool = False) -> None:
+        super().__init__()
+        self.things, self.whole = things, whole
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = torch.nonzero(torch.arange(9, device=x.device) + 0 * x.sum() < self.things)
+        cut = [F.interpolate((x * (place.sum() + 1))[:, :, 1:5, 1:5], size=(9, 9)) for place in found]
+        total = sum((part.mean() for part in cut), x.mean())
+        return total + F.interpolate(x, size=(9, 9)).mean() if self.whole else total
+
+
+def test_what_is_done_to_each_thing_that_is_found_is_not_compared() -> None:
+    one, three, whole = (record(Finder(*how), (3, 8, 8)) for how in ((1,), (3,), (3, True)))
+    assert not one.meta
+    check_resizing(one, three)
+    with pytest.raises(Refusal, match="would newly run upsample_nearest2d"):
+        check_resizing(one, whole)
