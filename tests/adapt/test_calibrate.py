@@ -208,14 +208,12 @@ def test_a_tail_is_fitted_where_its_activation_is_linear_nowhere() -> None:
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "bias"])
-@pytest.mark.parametrize(
-    ("act", "worst"),
-    [(nn.Hardswish(), 1e-5), (nn.SiLU(), 3e-3), (nn.GELU(), 3e-3), (nn.LeakyReLU(0.2), 1e-5), (nn.ELU(), 1e-5)],
-)
+@pytest.mark.parametrize("act", [nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.LeakyReLU(0.2), nn.ELU()], ids=repr)
 def test_a_tail_passes_on_what_its_stem_gives_where_its_activation_is_linear_somewhere(
-    act: nn.Module, worst: float, norm: bool
+    act: nn.Module, norm: bool
 ) -> None:
     """What it reads is moved to where act(x) = x, and back behind its second norm: no fit, in eval and train mode."""
+    worst = 3e-3  # of other images: they may have lower values, or the activation comes no nearer
     original = trained(net(depthwise(8), stem=stem(act, nn.BatchNorm2d(8) if norm else None)))
     model = converted(original, rules=["stem"])
     if not norm:  # the tail then has no norms either, which could move anything back
@@ -224,11 +222,13 @@ def test_a_tail_passes_on_what_its_stem_gives_where_its_activation_is_linear_som
     images = batches()
     report = padfree.calibrate(model, images, original=original, steps=["identity", "tail"])
     done = step(report, "tail")
-    assert done.places == 1 and done.own_after < worst < done.own_before
+    assert done.places == 1
+    assert done.own_after < worst < 0.03 * done.own_before
     learnt = torch.cat(images[:4])
-    torch.testing.assert_close(model(learnt), original(learnt), rtol=1e-2, atol=3 * worst + 1e-4)
+    torch.testing.assert_close(model(learnt), original(learnt), rtol=1e-2, atol=1e-2)
     bias = model[0][1].bias
-    assert bias.requires_grad and bool((bias - original[0][1].bias >= 0).all())
+    assert bias.requires_grad
+    assert bool((bias - original[0][1].bias >= 0).all())
     torch.testing.assert_close(model.train()(learnt), original.train()(learnt), rtol=5e-2, atol=5e-2)
 
 

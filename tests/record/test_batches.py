@@ -23,9 +23,9 @@ def spoilt(value: float) -> Tensor:
 
 
 @pytest.mark.parametrize("labels", [True, False])
-@pytest.mark.parametrize("given", [IMAGES, iter(IMAGES), tuple(IMAGES), IMAGES[0]])
+@pytest.mark.parametrize("given", [IMAGES, "a loader", tuple(IMAGES), IMAGES[0]])
 def test_images_come_in_the_type_of_the_network(given: Any, labels: bool) -> None:
-    found = image_batches(given, MODEL, labels=labels)
+    found = image_batches(iter(IMAGES) if isinstance(given, str) else given, MODEL, labels=labels)
     assert {batch.dtype for batch in found} == {torch.float64}
     torch.testing.assert_close(found[0].float(), IMAGES[0])
 
