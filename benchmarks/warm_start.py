@@ -220,8 +220,8 @@ def main() -> int:
             "steps": arguments.steps or SETS[name].steps,
             "epochs": epochs,
         }
+        for seed in range(arguments.seeds)  # a seed of everything before the next of anything
         for epochs in ("0", *arguments.epochs)  # what is quick first
-        for seed in range(arguments.seeds)
         for name in arguments.sets
         for family in SETS[name].families
         if family in arguments.families

@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from padfree.adapt.images import checked, divided
+from padfree.adapt.images import divided
 from padfree.deploy.int8 import Int8, write_int8
 from padfree.deploy.limits import check_limit
 from padfree.deploy.onnx import OPSET, to_onnx
 from padfree.deploy.program import to_exported_program
 from padfree.errors import PadfreeError
 from padfree.geometry import size_text
+from padfree.record.batches import image_batches
 
 __all__ = ["Int8", "to_exported_program", "to_int8_onnx", "to_onnx"]
 
@@ -56,9 +57,11 @@ def to_int8_onnx(
     check_limit(time_limit)
     if not isinstance(model, nn.Module):
         raise PadfreeError(f"export takes a torch.nn.Module, not {type(model).__name__}")
-    images = checked(batches, model)
+    images = image_batches(batches, model, labels=False, advice="some hundred, such as 20 batches of 64")
     sizes = sorted({tuple(batch.shape[1:]) for batch in images})
     if len(sizes) > 1:
         raise PadfreeError(f"the batches have images of {' and '.join(map(size_text, sizes))}; pass one size")
     calibration, held = divided(images)
+    if not held:
+        raise PadfreeError("batches holds one image; pass some hundred, such as 20 batches of 64")
     return write_int8(model, path, calibration, held, dynamic_sides=dynamic_sides, opset=opset, time_limit=time_limit)

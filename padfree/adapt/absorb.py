@@ -7,11 +7,13 @@ pruning (He et al. 2017, arXiv:1707.06168), pulled to the weights of before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from padfree.adapt.merge import conv_step, pool_step, without_pool
 from padfree.adapt.places import Place
 from padfree.adapt.solve import Moments, by_group, every_few, grouped
+from padfree.adapt.steps import conv_step, pool_step, without_pool
 from padfree.adapt.work import Norm, Outcome, Stream, Work, named, swapped
 
 RIDGE = 0.01
@@ -41,20 +43,19 @@ def _absorb(work: Work, stream: Stream, place: Place, conv: nn.Conv2d) -> tuple[
     for batch in work.enough(conv.in_channels, with_pool.shape[0] * with_pool.shape[2] * with_pool.shape[3]):
         _take(learnt, conv, *(_inputs(stream, place, batch, unmerged) if batch else (with_pool, without)))
     _take(held, conv, *_inputs(stream, place, work.first_held, unmerged))
-    return solve(work, conv, norm, learnt, held, RIDGE)
+    return solve(work, conv, norm, learnt, held, (RIDGE,))
 
 
 def solve(
-    work: Work, conv: nn.Conv2d, norm: Norm | None, learnt: Moments, held: Moments, strength: float
+    work: Work, conv: nn.Conv2d, norm: Norm | None, learnt: Moments, held: Moments, strengths: Sequence[float]
 ) -> tuple[float, float]:
-    """Give a convolution the weights that these sums ask for, if they are better on the held-back ones.
+    """Give a convolution the weights that these sums ask for, of the strength that is best on the held-back ones.
 
     The targets are what it ought to write, without its bias. Returns the relative errors before and after.
     """
     old, shifts = grouped(conv), norm is not None or conv.bias is not None
-    weight = learnt.ridge(old, strength, centred=shifts)
-    constant = learnt.constant(weight) if shifts else None
-    before, after = held.error(old), held.error(weight, constant)
+    before = held.error(old)
+    weight, constant, after = learnt.best(held, old, strengths, centred=shifts)
     if not after < before:
         return before, before
     conv.weight.copy_(weight.reshape(conv.weight.shape))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from padfree.adapt.absorb import absorb_by_point
 from padfree.adapt.classifier import solve_classifier
-from padfree.adapt.images import checked, divided, measured
+from padfree.adapt.images import divided, measured
 from padfree.adapt.imitate import imitate
 from padfree.adapt.merge import absorb_by_conv
 from padfree.adapt.places import Places
@@ -43,6 +43,7 @@ from padfree.adapt.work import Outcome, Work, outputs
 from padfree.convert import is_converted
 from padfree.deploy.frozen import is_fused
 from padfree.errors import PadfreeError
+from padfree.record.batches import image_batches
 from padfree.record.copies import bare_copy, kept_generators
 from padfree.record.inputs import check_model, like_of
 from padfree.record.recording import record
@@ -67,6 +68,7 @@ _ONCE = ("tail", "rescale", "merge", "absorb")  # what takes the network as the 
 # say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
 _BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
 _MARK = "padfree_calibrated"
+_ENOUGH = "some hundred unlabelled images, such as 20 batches of 64"
 _DONE = "done before, and places converted since are left, too; to do it again, convert the original anew"
 _WORSE = 1e-4  # of an error, by which it must grow to be one
 
@@ -105,7 +107,7 @@ def calibrate(
     started = time.perf_counter()
     exact = torch.autocast(like_of(converted).device.type, enabled=False)  # it would go on with casts of old weights
     with torch.inference_mode(False), torch.no_grad(), kept_generators(), exact:
-        images = checked(batches, converted)
+        images = image_batches(batches, converted, labels=False, together=2, advice=_ENOUGH)
         train, held = divided(images)
         if sum(map(len, held)) < 2:
             raise PadfreeError(
@@ -115,18 +117,24 @@ def calibrate(
         marked: tuple[str, ...] = converted.__dict__.get(_MARK, ())
         work.done = marked
         with _restoring(work.model):
-            first = error = work.error()
+            errors = work.errors()
+            first = errors[0]
             done: list[CalibrationStep] = []
             for index, name in enumerate(chosen):
                 _tell(progress, f"calibrate {index + 1}/{len(chosen)}: {name}")
-                done.append(_undone(name) if name in marked else _step(work, name, error))
-                error = done[-1].after if work.expected and done[-1].kept and name not in marked else error
+                if name in marked:
+                    done.append(_undone(name))
+                    continue
+                step, errors = _step(work, name, errors, repaired="classifier" in chosen[index + 1 :])
+                done.append(step)
             _tell(progress, "")
     kept = (step.name for step in done if step.kept and step.places and step.name in _ONCE)
     converted.__dict__[_MARK] = tuple(dict.fromkeys((*marked, *kept)))
     counts = sum(map(len, train)), sum(map(len, held))
     seconds = time.perf_counter() - started
-    return Calibration(type(converted).__name__, *counts, first, error, tuple(done), seconds, _notes(work, original))
+    return Calibration(
+        type(converted).__name__, *counts, first, errors[0], tuple(done), seconds, _notes(work, original)
+    )
 
 
 def _steps(steps: Iterable[str] | None, original: nn.Module | None) -> tuple[str, ...]:
@@ -229,21 +237,36 @@ def _absorbs(plan: PlanData | None) -> bool:
     return any(getattr(match.detail, "absorbs", False) for step in steps for match in step.matches)
 
 
-def _step(work: Work, name: str, before: float) -> CalibrationStep:
-    """Do one step, and undo it where it makes the network worse."""
+def _step(
+    work: Work, name: str, before: tuple[float, float], *, repaired: bool
+) -> tuple[CalibrationStep, tuple[float, float]]:
+    """Do one step, and undo it where it makes the network worse.
+
+    Args:
+        work: the calibration.
+        name: of the step.
+        before: `Work.errors` so far.
+        repaired: whether the classifier is solved later: then the outputs' scales and means do not count.
+
+    Returns:
+        what was done, and `Work.errors` after it.
+    """
     started = time.perf_counter()
     kept = _values(work.model)
     outcome = STEPS[name](work)
-    after = work.error() if outcome.places and name != "identity" else before
-    by_outputs = bool(work.expected) and name in _BY_OUTPUTS
-    worse = _is_worse(before, after) if by_outputs else _is_worse(outcome.before, outcome.after)
+    after = work.errors() if outcome.places and name != "identity" else before
+    if work.expected and name in _BY_OUTPUTS:
+        worse = _is_worse(before[repaired], after[repaired])
+    else:
+        worse = _is_worse(outcome.before, outcome.after)
     if worse:
         _restore(work.model, kept)
-    errors = (before, after) if work.expected else (outcome.before, outcome.after)
+    shown = (before[0], after[0]) if work.expected else (outcome.before, outcome.after)
     seconds = time.perf_counter() - started
-    return CalibrationStep(
-        name, outcome.places, not worse, *errors, outcome.before, outcome.after, seconds, outcome.notes
+    step = CalibrationStep(
+        name, outcome.places, not worse, *shown, outcome.before, outcome.after, seconds, outcome.notes
     )
+    return step, before if worse else after
 
 
 def _undone(name: str) -> CalibrationStep:

@@ -8,7 +8,7 @@ from padfree.adapt.solve import Moments
 from padfree.adapt.tape import Tape
 from padfree.adapt.work import Outcome, Stream, Work
 
-RIDGE = 0.1
+RIDGES = (1.0, 0.1, 0.01, 0.001)  # of which the held-back images choose
 _PRODUCTS = {"addmm": 1, "mm": 0, "convolution": 0}  # and which argument is the features
 _VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "alias", "detach", "clone", "flatten", "mean")
 
@@ -41,9 +41,8 @@ def solve_classifier(work: Work) -> Outcome:
         if bias is not None:
             target = target - bias.double()
         (learnt if batch < work.first_held else held).add(rows[None], target[None])
-    solved = learnt.ridge(matrix[None], RIDGE, centred=bias is not None)
-    constant = learnt.constant(solved) if bias is not None else None
-    before, after = held.error(matrix[None]), held.error(solved, constant)
+    before = held.error(matrix[None])
+    solved, constant, after = learnt.best(held, matrix[None], RIDGES, centred=bias is not None)
     if after < before:
         weight.copy_(solved.reshape(weight.shape))
         if constant is not None and bias is not None:

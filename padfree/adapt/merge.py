@@ -8,7 +8,6 @@ that the next recalibration would undo the scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,34 +16,12 @@ from torch import Tensor, nn
 
 from padfree.adapt.places import Place
 from padfree.adapt.solve import Moments, by_group, images_to_unfold
+from padfree.adapt.steps import conv_step, pool_step
 from padfree.adapt.tape import Tape
 from padfree.adapt.work import Norm, Outcome, Stream, Work, mean_and_variance, named, pooled
 
 _RIDGE = 1e-3
 _LEAST_SCALE = 0.01  # of a norm; a channel with less is as good as dead
-CONVS = ("convolution",)
-POOLS = ("max_pool_values", "max_pool_taps", "max_pool2d_with_indices", "max_pool2d")
-
-
-def pool_step(tape: Tape, place: Place) -> int:
-    """The step that is a place's pool."""
-    path, ordinal = place.pool
-    return tape.find(path, *POOLS)[ordinal]
-
-
-def conv_step(tape: Tape, path: str) -> int:
-    """The step that is a convolution module's."""
-    return tape.find(path, *CONVS)[0]
-
-
-def without_pool(func: Callable[..., Any]) -> Callable[..., Any]:
-    """What to run in the place of a pool's operator, to see a network without it."""
-
-    def nothing(*args: Any, **kwargs: Any) -> Any:
-        made = func(*args, **kwargs)
-        return tuple(map(torch.zeros_like, made)) if isinstance(made, tuple) else torch.zeros_like(made)
-
-    return nothing
 
 
 def absorb_by_conv(work: Work) -> Outcome:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from padfree.analysis.convolution import Conv
 from padfree.analysis.flow import Flow
-from padfree.analysis.kinds import MAX_POOLS, VIEWS, data_input, plain_kind
+from padfree.analysis.kinds import MAX_POOLS, NONLINEAR, NORMS, VIEWS, data_input, plain_kind
 from padfree.analysis.sites import Sites
 from padfree.indices import ValueId
 from padfree.layers.preserve import running_norm
@@ -52,10 +52,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution and the norm behind it, by path; "" for a norm without running statistics, and for none."""
+    """A convolution and the norm behind it, by path; "" for a norm without running statistics, and for none.
+
+    `added` says that what the norm (or the convolution) gives is added to something that is there before the
+    convolution runs, and read by nothing else.
+    """
 
     conv: str
     norm: str
+    added: bool = False
 
 
 class Places:
@@ -169,13 +174,44 @@ class Places:
             return ""
         return self._running(self.recording.calls[norm.call].path)
 
+    def feeding(self, tail: str) -> str:
+        """Path of the layer whose bias is added before the activation that a stem's tail alone reads, else ""."""
+        calls = self.recording.calls_of.get(f"{tail}.conv_dw", ())
+        if len(calls) != 1:
+            return ""
+        value = calls[0].inputs[0]
+        readers = (self.flow.ops[index].call for index in self.flow.consumers(value))
+        inside = all(any(call.path == tail for call in self.recording.ancestors(reader)) for reader in readers)
+        if value in self.recording.outputs or not inside:
+            return ""
+        act = self.flow.producer(value)
+        if act is None or plain_kind(act) not in NONLINEAR or len(act.inputs) != 1:
+            return ""
+        read = act.inputs[0]
+        layer = self.flow.producer(read)
+        if layer is None or self.flow.consumers(read) != [act.index] or read in self.recording.outputs:
+            return ""
+        if layer.kind not in NORMS and layer.index not in self.sites.convs:
+            return ""
+        path = self.recording.calls[layer.call].path
+        return path if len(self.recording.calls_of[path]) == 1 else ""
+
     def layers(self) -> dict[str, Layer]:
         """The convolutions that run once, as modules, outside new layers, with their norms."""
         found: dict[str, Layer] = {}
         for conv in self.sites.convs.values():
             if conv.is_module and len(self.recording.calls_of[conv.path]) == 1 and self.flow.is_map(conv.out):
-                found[conv.path] = Layer(conv.path, self._norm(conv.out))
+                norm = self._norm(conv.out)
+                found[conv.path] = Layer(conv.path, norm, self._added(conv, norm))
         return found
+
+    def _added(self, conv: Conv, norm: str) -> bool:
+        value = self.recording.calls_of[norm][0].outputs[0] if norm else conv.out
+        op = self.flow.sole_consumer(value)
+        if op is None or plain_kind(op) != "add" or len(op.inputs) != 2 or len(op.args[0]) != 2 or op.args[1]:
+            return False
+        (other,) = (self.flow.values[source] for source in op.inputs if source != value)
+        return other.producer < conv.op and other.shape == self.flow.values[value].shape
 
     def size_of(self, path: str) -> tuple[int, int]:
         """(H, W) of what a convolution writes."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from padfree.adapt.merge import conv_step, pool_step, without_pool
 from padfree.adapt.places import Place
+from padfree.adapt.steps import conv_step, pool_step, without_pool
 from padfree.adapt.work import Norm, Outcome, Stream, Work, named
 
 SCALE = 0.3  # a smaller one is nearer to the original, and the gradient on the norm grows with its inverse square

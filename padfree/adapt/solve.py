@@ -6,6 +6,8 @@ error of any solution, so that no batch need be kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,15 +23,16 @@ class Moments:
     """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = 0.0
         self._sums: list[Tensor] = []
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in x (groups, rows, features) and y (groups, rows, outputs)."""
+    def add(self, x: Tensor, y: Tensor, weight: float = 1.0) -> None:
+        """Take in x (groups, rows, features) and y (groups, rows, outputs), each row `weight` times."""
         x, y = x.double(), y.double()
         new = [x.sum(1), y.sum(1), x.mT @ x, x.mT @ y, y.square().sum(1)]
+        new = new if weight == 1 else [weight * part for part in new]
         self._sums = new if not self._sums else [old + more for old, more in zip(self._sums, new, strict=True)]
-        self.rows += x.shape[1]
+        self.rows += weight * x.shape[1]
 
     @property
     def features(self) -> int:
@@ -55,6 +58,20 @@ class Moments:
         matrix = xx + pull[:, None, None] * torch.eye(self.features, dtype=xx.dtype, device=xx.device)
         solved: Tensor = torch.linalg.solve(matrix, rest)
         return weight.double() + solved.mT
+
+    def best(
+        self, held: Moments, weight: Tensor, strengths: Sequence[float], *, centred: bool
+    ) -> tuple[Tensor, Tensor | None, float]:
+        """The solution of the strength that gives the least error on other rows, its constant, and that error."""
+        found: tuple[Tensor, Tensor | None, float] | None = None
+        for strength in strengths:
+            solved = self.ridge(weight, strength, centred=centred)
+            constant = self.constant(solved) if centred else None
+            error = held.error(solved, constant)
+            if found is None or error < found[2]:
+                found = solved, constant, error
+        assert found is not None
+        return found
 
     def constant(self, weight: Tensor) -> Tensor:
         """What is missing to the targets' means, (groups, outputs)."""

@@ -141,14 +141,14 @@ class Tape:
         """The steps of these kinds that a module's own forward issues."""
         return [index for index, step in enumerate(self.steps) if step.path == path and step.kind in kinds]
 
-    def reader(self, slot: int, kind: str) -> int:
-        """The step of this kind that reads a slot, or what steps that alone read it make of it."""
+    def reader(self, slot: int, *kinds: str) -> int:
+        """The step of one of these kinds that reads a slot, or what steps that alone read it make of it."""
         for index, step in enumerate(self.steps):
             if slot in step.reads:
-                if step.kind == kind:
+                if step.kind in kinds:
                     return index
                 slot = step.writes[0]
-        raise KeyError(kind)
+        raise KeyError(kinds)
 
     def source(self, index: int, argument: int = 0) -> int:
         """The slot of a step's tensor argument."""

@@ -56,7 +56,10 @@ class Stream:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Tensor], tapes: dict[tuple[int, ...], Tape] | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Tensor],
+        tapes: dict[tuple[int, ...], Tape] | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -89,9 +92,9 @@ class Stream:
         cut = tape.narrowest(position, start)
         tape.run(env, position, cut)
         self._fronts[batch] = (cut, env)
-        copy = tape.fork(env, cut, stop)
-        tape.run(copy, cut, start)
-        return copy
+        forked = tape.fork(env, cut, stop)
+        tape.run(forked, cut, start)
+        return forked
 
 
 @dataclass
@@ -179,20 +182,25 @@ class Work:
 
     # -- errors ---------------------------------------------------------------------------------
 
-    def error(self) -> float:
-        """|outputs - original's| / |original's - their mean| on the held-back images; NaN without an original."""
+    def errors(self) -> tuple[float, float]:
+        """|outputs - original's| / |original's - their mean| on the held-back images; NaN without an original.
+
+        The second is of the outputs as they would be, each times a number and with a constant of its own: what is left
+        when the last layer mends scales and means.
+        """
         if not self.expected:
-            return math.nan
-        missing, spread = 0.0, 0.0
-        sums = [tensor.double().sum(0) for tensor in self.expected[0]]
-        for batch in self.expected[1:]:
-            sums = [total + tensor.double().sum(0) for total, tensor in zip(sums, batch, strict=True)]
-        count = sum(len(batch[0]) for batch in self.expected)
-        for images, expected in zip(self.held, self.expected, strict=False):
-            for total, mine, theirs in zip(sums, outputs(self.model, images), expected, strict=True):
-                missing += float((mine.double() - theirs.double()).square().sum())
-                spread += float((theirs.double() - total / count).square().sum())
-        return math.sqrt(missing / max(spread, 1e-30))
+            return math.nan, math.nan
+        found = [outputs(self.model, images) for images in self.held[: len(self.expected)]]
+        missing = scaled = spread = 0.0
+        for mine, theirs in zip(zip(*found, strict=True), zip(*self.expected, strict=True), strict=True):
+            x, y = (torch.cat(part).double() for part in (mine, theirs))
+            missing += float((x - y).square().sum())
+            x, y = x - x.mean(0), y - y.mean(0)
+            slope = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-30)
+            scaled += float((slope * x - y).square().sum())
+            spread += float(y.square().sum())
+        plain, after = (math.sqrt(part / max(spread, 1e-30)) for part in (missing, scaled))
+        return plain, after
 
 
 @dataclass(frozen=True)
@@ -277,8 +285,8 @@ def swapped(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
             tensor.copy_(value)
 
 
-class _Stop(Exception):
-    pass
+class Stop(Exception):
+    """Ends a forward pass that has gone far enough."""
 
 
 def inputs_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[str, Tensor]:
@@ -290,14 +298,14 @@ def inputs_of(model: nn.Module, paths: Sequence[str], images: Tensor) -> dict[st
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             found.setdefault(path, args[0].clone())
             if len(found) == len(paths):
-                raise _Stop
+                raise Stop
 
         return hook
 
     handles = [modules[path].register_forward_pre_hook(note(path)) for path in paths]
     try:
         model(images.clone())
-    except _Stop:
+    except Stop:
         pass
     finally:
         for handle in handles:

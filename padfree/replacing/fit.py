@@ -8,7 +8,7 @@ reconstruction of channel pruning, ICCV 2017, sequentially.) Forward passes only
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from padfree.errors import PadfreeError
 from padfree.layers.separable import BSConvS, nearest_s, nearest_u
 from padfree.record.copies import bare_copy
-from padfree.record.inputs import like_of
 from padfree.replacing.solve import Moments, fit_s, fit_u
 
 _VALUES = 1 << 25  # unfolded at a time
@@ -38,30 +37,6 @@ class Fitted:
         return f"{self.number}/{self.total} {self.name}: relative error of its outputs {self.error:.3f}"
 
 
-def as_batches(batches: Any, model: nn.Module) -> list[Tensor]:
-    """Image batches (N, C, H, W) of a loader, which may hold labels behind them, on the model's device.
-
-    Raises:
-        PadfreeError: there are none, or one is no batch of finite images.
-    """
-    like = like_of(model)
-    found: list[Tensor] = []
-    if not isinstance(batches, Iterable) or isinstance(batches, (str, bytes)):
-        raise PadfreeError(f"batches is {type(batches).__name__}; pass an iterable of image batches (N, C, H, W)")
-    for item in [batches] if isinstance(batches, Tensor) else batches:
-        images = item[0] if isinstance(item, (tuple, list)) and item else item
-        if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point() or not len(images):
-            what = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            kind = f" of {images.dtype}" if isinstance(images, Tensor) else ""
-            raise PadfreeError(f"batch {len(found)} is {what}{kind}; each is a floating-point tensor (N, C, H, W)")
-        if not bool(images.isfinite().all()):
-            raise PadfreeError(f"batch {len(found)} has pixels that are not finite")
-        found.append(images.to(like.device, like.dtype))
-    if not found:
-        raise PadfreeError("batches is empty; the fit needs images (a hundred or two are enough)")
-    return found
-
-
 @torch.no_grad()
 def fit_outputs(
     original: nn.Module,
@@ -76,7 +51,7 @@ def fit_outputs(
         original: the network before; its convolutions stand at the same paths.
         replaced: the network after. Its hooks do not run.
         order: paths of the pairs and how often each is called, as `called` gives them.
-        batches: images, as `as_batches` gives them.
+        batches: images, as `image_batches` gives them.
         progress: told after each pair.
 
     Raises:

@@ -24,8 +24,9 @@ from padfree.layers.learned_groups import LearnedGroupConv2d
 from padfree.layers.separable import BSConvS, BSConvU
 from padfree.plan.patterns import Patterns
 from padfree.plan.planning import Prepared, Request, prepare
+from padfree.record.batches import image_batches
 from padfree.record.copies import bare_copy, full_copy
-from padfree.replacing.fit import Fitted, as_batches, called, fit_outputs
+from padfree.replacing.fit import Fitted, called, fit_outputs
 from padfree.replacing.norms import reestimate_norms
 from padfree.rewrite.operations import perform
 from padfree.rules.base import Rule, registered
@@ -135,7 +136,7 @@ def replace(
     made = Plan.of(model, request, prepared)
     if batches is None:
         return _carried_out(model if inplace else full_copy(model), prepared, made)
-    images = as_batches(batches, model)
+    images = image_batches(batches, model, labels=True, together=2 if norms else 1, advice="a hundred or two do")
     before = bare_copy(model, model.parameters())
     names = [match.name for match in prepared.matches]
     for first in {tuple(batch.shape[1:]): batch for batch in reversed(images)}.values():

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import padfree
 from padfree.layers.separable import nearest_s, nearest_u
-from padfree.replacing.fit import Fitted, _Maps, _moments, as_batches, fit_outputs
+from padfree.replacing.fit import Fitted, _Maps, _moments, fit_outputs
 from padfree.replacing.norms import reestimate_norms
 from padfree.replacing.solve import Moments, fit_s, fit_u
 
@@ -198,11 +198,11 @@ def test_a_layer_called_twice_is_fitted_on_both_calls() -> None:
     ("batches", "words"),
     [
         ([], "batches is empty"),
-        (3, "batches is int; pass an iterable"),
-        ([torch.zeros(3, 12, 12)], r"batch 0 is \(3, 12, 12\) of torch.float32; each is a floating-point tensor"),
-        ([BATCHES[0], torch.zeros(1, 3, 12, 12, dtype=torch.uint8)], "batch 1 is .* of torch.uint8"),
-        ([("a", 1)], "batch 0 is str"),
-        ([torch.full((1, 3, 12, 12), torch.nan)], "batch 0 has pixels that are not finite"),
+        (3, "batches is int; pass a list of tensors"),
+        ([torch.zeros(3, 12, 12)], r"batch 0 has the shape \(3, 12, 12\); pass images as"),
+        ([BATCHES[0], torch.zeros(1, 3, 12, 12, dtype=torch.uint8)], "batch 1 holds uint8"),
+        ([("a", 1)], "batch 0 is a str"),
+        ([torch.full((1, 3, 12, 12), torch.nan)], "batch 0 holds NaN or infinite values"),
         ([torch.zeros(1, 4, 12, 12)], r"the network does not take batches of \(1, 4, 12, 12\)"),
     ],
 )
@@ -213,7 +213,15 @@ def test_batches_that_do_not_fit(batches: Any, words: str, inplace: bool) -> Non
     with pytest.raises(padfree.PadfreeError, match=words):
         padfree.replace(model, "bsconv-u", batches=batches, input_size=SIZE, inplace=inplace)
     assert list(model.state_dict()) == keys
-    assert_close(as_batches(BATCHES[0], model)[0], BATCHES[0])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_statistics_of_norms_take_two_images_in_a_batch(count: int) -> None:
+    model = nn.Sequential(*network(Block(8, padding=1)).children())
+    singles = list(BATCHES[0][:count].split(1))
+    with pytest.raises(padfree.PadfreeError, match=r"batches hold one image.*the statistics of norms take 2"):
+        padfree.replace(model, "bsconv-u", batches=singles, input_size=SIZE, norms=True)
+    padfree.replace(model, "bsconv-u", batches=singles, input_size=SIZE)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
