@@ -204,12 +204,15 @@ def litert(model: nn.Module, images: list[Tensor], folder: Path, bits: str) -> R
     def start() -> Session:
         interpreter = Interpreter(model_path=str(path), num_threads=1)
         interpreter.allocate_tensors()
-        (given,), made = interpreter.get_input_details(), interpreter.get_output_details()
+        (given,), made = interpreter.get_input_details(), interpreter.get_output_details()[0]
 
-        def run(x: Tensor) -> Tensor:
-            interpreter.set_tensor(given["index"], x.numpy())
+        def run(x: Tensor) -> Tensor:  # an int8 file takes and gives whole numbers, whose scales it tells
+            scale, zero = given["quantization"]
+            whole = (x / scale + zero).round().clamp(-128, 127).to(torch.int8) if scale else x
+            interpreter.set_tensor(given["index"], whole.numpy())
             interpreter.invoke()
-            return torch.from_numpy(interpreter.get_tensor(made[0]["index"]))
+            out, (scale, zero) = torch.from_numpy(interpreter.get_tensor(made["index"])), made["quantization"]
+            return (out.float() - zero) * scale if scale else out
 
         return run
 
