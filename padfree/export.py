@@ -63,5 +63,9 @@ def to_int8_onnx(
         raise PadfreeError(f"the batches have images of {' and '.join(map(size_text, sizes))}; pass one size")
     calibration, held = divided(images)
     if not held:
-        raise PadfreeError("batches holds one image; pass some hundred, such as 20 batches of 64")
+        count = sum(map(len, images))
+        raise PadfreeError(
+            f"batches of one image each, {count} in all, of which none can be held back: pass some hundred, such as 20 "
+            "batches of 64"
+        )
     return write_int8(model, path, calibration, held, dynamic_sides=dynamic_sides, opset=opset, time_limit=time_limit)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from padfree.adapt.absorb import absorb_by_point
-from padfree.adapt.classifier import solve_classifier
+from padfree.adapt.classifier import solvable, solve_classifier
 from padfree.adapt.images import divided, measured
 from padfree.adapt.imitate import imitate
 from padfree.adapt.merge import absorb_by_conv
@@ -68,6 +68,7 @@ _ONCE = ("tail", "rescale", "merge", "absorb")  # what takes the network as the 
 # say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
 _BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
 _MARK = "padfree_calibrated"
+_TO_SCALE = 32  # held-back images; with fewer a scale for each output fits whatever comes
 _ENOUGH = "some hundred unlabelled images, such as 20 batches of 64"
 _DONE = "done before, and places converted since are left, too; to do it again, convert the original anew"
 _WORSE = 1e-4  # of an error, by which it must grow to be one
@@ -120,12 +121,14 @@ def calibrate(
             errors = work.errors()
             first = errors[0]
             done: list[CalibrationStep] = []
+            mends = original is not None and sum(map(len, measured(held))) >= _TO_SCALE and solvable(work)
             for index, name in enumerate(chosen):
                 _tell(progress, f"calibrate {index + 1}/{len(chosen)}: {name}")
                 if name in marked:
                     done.append(_undone(name))
                     continue
-                step, errors = _step(work, name, errors, repaired="classifier" in chosen[index + 1 :])
+                repaired = "classifier" in chosen[index + 1 :] and mends
+                step, errors = _step(work, name, errors, repaired=repaired)
                 done.append(step)
             _tell(progress, "")
     kept = (step.name for step in done if step.kept and step.places and step.name in _ONCE)
@@ -246,7 +249,8 @@ def _step(
         work: the calibration.
         name: of the step.
         before: `Work.errors` so far.
-        repaired: whether the classifier is solved later: then the outputs' scales and means do not count.
+        repaired: whether the classifier will be solved, and there are images enough to tell what it leaves: then the
+            outputs' scales and means do not count.
 
     Returns:
         what was done, and `Work.errors` after it.

@@ -13,22 +13,32 @@ _PRODUCTS = {"addmm": 1, "mm": 0, "convolution": 0}  # and which argument is the
 _VIEWS = ("view", "_unsafe_view", "reshape", "squeeze", "alias", "detach", "clone", "flatten", "mean")
 
 
+def solvable(work: Work) -> bool:
+    """Whether one linear layer makes the outputs, so that it can be solved."""
+    return _last_layer(work, work.stream()) is not None
+
+
+def _last_layer(work: Work, stream: Stream) -> tuple[int, nn.Module, Tensor] | None:
+    """The step of the linear layer that makes the outputs, the layer, and its weight."""
+    tape = stream.tape(0)
+    step = last_product(tape)
+    layer = None if step is None else work.modules.get(tape.steps[step].path)
+    weight = None if layer is None else layer._parameters.get("weight")
+    if not work.expected or step is None or layer is None or weight is None or tape.steps[step].path in work.tied:
+        return None
+    if isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups != 1):
+        return None
+    return step, layer, weight
+
+
 def solve_classifier(work: Work) -> Outcome:
     """Let the last linear layer give the original's outputs, as nearly as ridge regression can."""
     assert work.original is not None
     stream = work.stream()
-    step = last_product(stream.tape(0))
-    layer = None if step is None else work.modules.get(stream.tape(0).steps[step].path)
-    weight = None if layer is None else layer._parameters.get("weight")
-    if (
-        not work.expected
-        or step is None
-        or layer is None
-        or (isinstance(layer, nn.Conv2d) and (layer.kernel_size != (1, 1) or layer.groups != 1))
-        or weight is None
-        or stream.tape(0).steps[step].path in work.tied
-    ):
+    last = _last_layer(work, stream)
+    if last is None:
         return Outcome(notes=("no single linear layer makes the outputs: the classifier stays as it is",))
+    step, layer, weight = last
     matrix = weight.detach().reshape(weight.shape[0], -1)
     bias = layer._parameters.get("bias")
     learnt, held = Moments(), Moments()

@@ -24,6 +24,8 @@ from padfree.record.recorder import Op
 from padfree.record.recording import Call
 from padfree.record.trees import Ref
 
+_DIVIDES = frozenset({"div", "rsqrt", "reciprocal", "pow"})
+_GATES = frozenset({"sigmoid", "hardsigmoid", "tanh", "_softmax"})
 _NO_NORM = NORMS | PRODUCTS | MAX_POOLS | AVG_POOLS | {"convolution"}
 
 
@@ -56,6 +58,8 @@ class Norms(Maps):
         kinds = {plain_kind(op) for op in ops}
         if kinds.isdisjoint(STATISTICS) or kinds & _NO_NORM or not self.is_map(read):
             return None
+        if kinds.isdisjoint(_DIVIDES) or any(plain_kind(op) in _GATES and self._is_smaller(op, read) for op in ops):
+            return None  # a gate: how much of each channel goes on
         below = {op.call for op in ops} - {call.index}
         if below:
             act = self.recording.calls[below.pop()]
@@ -73,6 +77,10 @@ class Norms(Maps):
             and any(math.prod(self.values[weight].shape) == channels for weight in weights)
         )
         return WrittenNorm(call.path, read, made) if fits else None
+
+    def _is_smaller(self, op: Op, read: ValueId) -> bool:
+        shape = self.values[read].shape
+        return bool(op.outputs) and math.prod(self.values[op.outputs[0]].shape) < math.prod(shape)
 
     def scales_channels(self, op: Op) -> bool:
         """Whether an affine operation has a tensor of constants, not a number, for its other operand."""

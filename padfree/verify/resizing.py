@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from padfree.analysis.kinds import AFFINE, COUNTING
+from padfree.analysis.kinds import AFFINE, AVG_POOLS, COUNTING, MAX_POOLS, NONLINEAR, STATISTICS, plain_kind, strides
 from padfree.errors import Refusal
 from padfree.indices import ValueId
 from padfree.record.recorder import Op
@@ -44,7 +44,14 @@ def check_broadcasting(before: Recording, after: Recording) -> None:
 def _broadcasts(recording: Recording) -> list[tuple[tuple[str, str], list[tuple[int, ...]]]]:
     """(kind, path) and shapes of the operations on several maps of which some are single pixels."""
     found = []
+    statistics: set[ValueId] = set()  # one number a map, which is spread out wherever it is used
     for op in recording.ops:
+        kind = plain_kind(op)
+        told = kind in NONLINEAR | AFFINE and statistics.issuperset(op.inputs)
+        if kind in STATISTICS or (told and op.inputs):
+            statistics.update(op.outputs)
+        if not statistics.isdisjoint(op.inputs):
+            continue
         shapes = [recording.values[value].shape for value in op.inputs]
         if op.kind.rstrip("_") in AFFINE and len(shapes) > 1 and all(len(shape) == 4 for shape in shapes):
             alone = [shape[2:] == (1, 1) for shape in shapes]
@@ -94,12 +101,21 @@ def _resizing(recording: Recording, place: Callable[[str], str] = str) -> dict[t
 
 
 def _counted(recording: Recording) -> set[ValueId]:
-    """What is made of things found in an image, such as boxes, of which there may be more or fewer."""
+    """What is made of things found in an image, such as boxes, of which there may be more or fewer.
+
+    They are found in features: behind the last convolution or pool that makes a map smaller.
+    """
     found: set[ValueId] = set()
-    for op in recording.ops:
-        if op.kind in COUNTING or not found.isdisjoint(op.inputs):
+    last = max((op.index for op in recording.ops if _shrinks(op)), default=-1)
+    for op in recording.ops[last + 1 :]:
+        if (op.kind in COUNTING and op.inputs) or not found.isdisjoint(op.inputs):
             found.update(op.outputs)
     return found
+
+
+def _shrinks(op: Op) -> bool:
+    strided = op.kind in MAX_POOLS | AVG_POOLS or (op.kind == "convolution" and not op.args[0][6])
+    return strided and max(strides(op)) > 1
 
 
 def _resizes(recording: Recording, op: Op) -> bool:

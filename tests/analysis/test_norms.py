@@ -30,6 +30,8 @@ class Formula(nn.Module):
             x = x * torch.rsqrt(x.square().mean((2, 3), keepdim=True) + 1e-6)
         elif self.kind == "deviation":
             x = x / x.std(1, keepdim=True)
+        elif self.kind == "gated":
+            x = x * torch.sigmoid((x / x.std((2, 3), keepdim=True)).mean((2, 3), keepdim=True) * self.g)
         elif self.kind == "squeezed":
             x = x.mean((2, 3), keepdim=True)
         elif self.kind == "mixed":
@@ -63,11 +65,12 @@ def test_behind_a_norm_there_is_no_other() -> None:
     [
         Formula("scaled"),  # no statistic
         Formula("response", weights=1),  # one weight for all
+        Formula("gated"),  # the statistic says how much of a channel goes on
         Formula("squeezed"),  # no map of the same size
         Formula("mixed"),  # a product of matrices
         Formula("response", act=nn.Conv2d(C, C, 1)),  # a layer below it
     ],
-    ids=["scale", "one weight", "pool", "product", "layer"],
+    ids=["scale", "one weight", "gate", "pool", "product", "layer"],
 )
 def test_no_norm(module: nn.Module) -> None:
     assert not flow_of(lambda net, x: net.norm(net.conv(x)), conv=conv(), norm=module).written_norms

@@ -262,6 +262,23 @@ def test_a_norm_written_by_hand() -> None:
     check(unit)
 
 
+class ResponseNorm(nn.Module):
+    """Filter response normalisation, as its paper writes it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.g, self.b = (nn.Parameter(torch.full((1, channels, 1, 1), value)) for value in (1.0, 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean((2, 3), keepdim=True) + 1e-6) * self.g + self.b
+
+
+def test_a_stem_with_a_norm_written_by_hand() -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), ResponseNorm(8), nn.ReLU())
+    plan = padfree.plan(nn.Sequential(stem, Unit()), input_size=(3, 32, 32))
+    assert [match.rule for match in plan.matches] == ["stem", "depthwise"]
+
+
 ACTS = [nn.PReLU(8), nn.PReLU(), nn.GELU(), nn.SiLU(inplace=True), nn.Hardswish(), nn.LeakyReLU(0.1), nn.Mish()]
 
 

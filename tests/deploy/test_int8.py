@@ -123,7 +123,7 @@ def test_decibels(changed: list[float], expected: float) -> None:
     ("batches", "words"),
     [
         ([], "batches is empty"),
-        ([torch.zeros(1, 3, SIDE, SIDE)], "holds one image"),
+        ([torch.zeros(1, 3, SIDE, SIDE)], "1 in all, of which none can be held back"),
         ([torch.zeros(4, 3, SIDE, SIDE), torch.zeros(4, 3, SIDE, 8)], "images of 3x40x8 and 3x40x40; pass one size"),
         ([torch.full((4, 3, SIDE, SIDE), torch.nan)], "holds NaN"),
         ([(torch.zeros(4, 3, SIDE, SIDE), torch.zeros(4))], "no labels are taken"),

@@ -250,16 +250,22 @@ def test_a_plan_that_converts_nothing_shows_them_too() -> None:
 
 
 class Finder(nn.Module):
-    """Finds so many things in an image, and stretches what it cuts out at each; the image too, if `whole`."""
+    """Finds so many things in an image, and stretches what it cuts out at each; the image too, if `whole`.
 
-    def __init__(self, things: int, whole: bool = False) -> None:
+    `late`: a strided convolution reads what was found.
+    """
+
+    def __init__(self, things: int, whole: bool = False, late: bool = False) -> None:
         super().__init__()
-        self.things, self.whole = things, whole
+        self.things, self.whole, self.late = things, whole, late
+        self.conv = nn.Conv2d(3, 3, 3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         found = torch.nonzero(torch.arange(9, device=x.device) + 0 * x.sum() < self.things)
         cut = [F.interpolate((x * (place.sum() + 1))[:, :, 1:5, 1:5], size=(9, 9)) for place in found]
         total = sum((part.mean() for part in cut), x.mean())
+        if self.late:
+            total = total + sum(self.conv(part).mean() for part in cut[:1])
         return total + F.interpolate(x, size=(9, 9)).mean() if self.whole else total
 
 
@@ -269,3 +275,6 @@ def test_what_is_done_to_each_thing_that_is_found_is_not_compared() -> None:
     check_resizing(one, three)
     with pytest.raises(Refusal, match="would newly run upsample_nearest2d"):
         check_resizing(one, whole)
+    early, more = (record(Finder(things, late=True), (3, 8, 8)) for things in (1, 3))
+    with pytest.raises(Refusal, match="would newly run upsample_nearest2d"):  # a conversion may have changed its size
+        check_resizing(early, more)
