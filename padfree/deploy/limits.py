@@ -68,9 +68,9 @@ def limited(seconds: float | None, what: str, stage: Stage, advice: str, work: C
             if not done.is_set():
                 _raise_in(worker, _TimeUp)
 
-    threading.Thread(target=watch, name="padfree time limit", daemon=True).start()
     try:
         try:
+            threading.Thread(target=watch, name="padfree time limit", daemon=True).start()
             return work()
         finally:
             with lock:

@@ -59,7 +59,11 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
     if places.row_count:
         console.print(places)
     replaced = Table(
-        Column("rule", no_wrap=True), Column("module", overflow="fold"), "replaced", box=None, pad_edge=False
+        Column("rule", no_wrap=True),
+        Column("module", overflow="fold"),
+        Column("replaced", overflow="fold"),
+        box=None,
+        pad_edge=False,
     )
     for match in plan.matches:
         if words(match):
@@ -67,14 +71,16 @@ def _rich(title: str, plan: PlanData, comparison: Comparison | None, width: int)
     if replaced.row_count:
         console.print(replaced)
     if plan.skips:
-        skipped = Table(Column("left alone", overflow="fold"), "reason", box=None, pad_edge=False)
+        skipped = Table(
+            Column("left alone", overflow="fold"), Column("reason", overflow="fold"), box=None, pad_edge=False
+        )
         for skip in plan.skips:
             skipped.add_row(Text(skip.name), Text(skip.reason))
         console.print(skipped)
     for output in plan.outputs:
         console.print(Text(str(output)))
     if comparison is not None:
-        figures = Table("", "before -> after", box=None, pad_edge=False)
+        figures = Table("", Column("before -> after", overflow="fold"), box=None, pad_edge=False)
         for label, text in comparison.rows():
             figures.add_row(label, Text(text))
         console.print(figures)

@@ -67,7 +67,7 @@ def _stopped(report: object) -> None:
     [
         (lambda: [*images(8), *images(8, channels=4)], {}, PadfreeError),
         (lambda: images(8, 8), {"progress": _stopped}, KeyboardInterrupt),
-        (lambda: images(1), {"norms": True}, ValueError),  # torch's, of a norm that is given one value
+        (lambda: images(1), {"norms": True}, PadfreeError),
     ],
     ids=["another size", "interrupted", "norms of one image"],
 )
