@@ -83,6 +83,8 @@ def chart(title: str, curves: Sequence[Curve]) -> dict[str, Any]:
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
     from matplotlib.ticker import MaxNLocator
 
+    if low == high and not whole:  # one value: ticks around it, not its digits
+        low, high = low - (abs(low) / 20 or 1), high + (abs(high) / 20 or 1)
     found = MaxNLocator(5, integer=whole).tick_values(low, high)
     if whole:  # epochs: none before the first, none behind the last
         return [float(tick) for tick in found if low <= tick <= high] or [low]

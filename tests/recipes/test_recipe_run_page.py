@@ -344,3 +344,10 @@ def test_spreads() -> None:
 def test_the_error_is_the_family_s() -> None:
     with pytest.raises(RunError, match="named twice"):
         run_folders([Path("x"), Path("x/.")])
+
+
+def test_the_ticks_of_a_single_value_are_round() -> None:
+    up = chart("test loss", [Curve("padfree", ((1.703225,),))])["up"]
+    assert len(up) >= 3
+    assert all(len(text) <= 4 for _, text in up)
+    assert len({text for _, text in up}) == len(up)
