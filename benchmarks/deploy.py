@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.clock import progress
 from benchmarks.deploy_cell import Cell
-from benchmarks.deploy_page import insert, page
+from benchmarks.deploy_page import page, write
 from benchmarks.deploy_runtimes import RUNTIMES
 from benchmarks.latency import PAPER, network
 
@@ -117,7 +117,7 @@ def main() -> int:
         raise SystemExit(f"{arguments.json} holds nothing, and nothing was measured")
     text = page(cells)
     if arguments.page:
-        arguments.page.write_text(insert(arguments.page.read_text(encoding="utf-8"), text), encoding="utf-8")
+        write(arguments.page, text)
     print(text)
     return 0
 

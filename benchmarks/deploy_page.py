@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import title
 from benchmarks.deploy_runtimes import RUNTIMES
 from benchmarks.latency import PAPER
+from padfree.files.writing import replacing
 
 Cell = dict[str, Any]
 Row = tuple[str, str, int]  # runtime, bits, side
@@ -101,6 +103,16 @@ def _reasons(cells: list[Cell]) -> list[str]:
         if name in measured and RUNTIMES[name].without
     ]
     return lines
+
+
+def write(path: Path, tables: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put the tables between the marks of a page.
+
+    Raises:
+        ValueError: the page does not have both.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(insert(path.read_text(encoding="utf-8"), tables, begin, end), encoding="utf-8")
 
 
 def insert(text: str, tables: str, begin: str = BEGIN, end: str = END) -> str:

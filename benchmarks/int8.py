@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ablation import DATA, FAMILIES, SIDE, STEPS
-from benchmarks.deploy_page import insert
+from benchmarks.deploy_page import write
 from benchmarks.images import images
 from benchmarks.training import RATE, Cell, accuracy, cells, fit, original, predictions, spread
 from padfree import recipes
@@ -119,8 +119,7 @@ def main() -> int:
         raise SystemExit(f"{arguments.json}: nothing was measured yet; leave --report out")
     text = page([cell for cell in json.loads(arguments.json.read_text())["cells"] if cell["key"] in keys])
     if arguments.page:
-        content = insert(arguments.page.read_text(encoding="utf-8"), text, BEGIN, END)
-        arguments.page.write_text(content, encoding="utf-8")
+        write(arguments.page, text, BEGIN, END)
     print(text)
     return 0
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from padfree.errors import PadfreeError
-from padfree.record.quick import quick_meta
+from padfree.record.quick import TorchDispatchMode, quick_meta
 
 _Step = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 
@@ -65,7 +64,9 @@ def sibling_fault(model: nn.Module, converted: nn.Module, input_size: tuple[int,
             continue
         except Exception as error:  # the table must show any crash
             return f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-        if forwards[1] is None or now is None or now != forwards[1][: len(now)] or len(now) < len(was):
+        left = len(forwards[0]) - len(was)  # what the forward runs behind it
+        whole = forwards[1] is not None and now is not None and now == forwards[1][: len(forwards[1]) - left]
+        if not whole:
             return f"{name} does not run what the forward runs"
     return ""
 

@@ -275,14 +275,7 @@ def _step(
 
 def _undone(name: str) -> CalibrationStep:
     nothing = (math.nan,) * 4
-    return CalibrationStep(
-        name,
-        0,
-        True,
-        *nothing,
-        0.0,
-        (_DONE,),
-    )
+    return CalibrationStep(name, 0, True, *nothing, 0.0, (_DONE,))
 
 
 def _is_worse(before: float, after: float) -> bool:

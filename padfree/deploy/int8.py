@@ -153,7 +153,7 @@ def _compared(model: nn.Module, file: Path, calibration: Sequence[Tensor], held:
     with torch.no_grad():
         expected = [[out.cpu() for out in tensors(model(batch))] for batch in held]
     pairs = [
-        (torch.cat(mine).double(), torch.cat(theirs).double())
+        (_joined(mine), _joined(theirs))
         for mine, theirs in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True)
     ]
     if not all(bool(theirs.isfinite().all()) and decibels(mine, theirs) > -math.inf for mine, theirs in pairs):
@@ -169,6 +169,11 @@ def _compared(model: nn.Module, file: Path, calibration: Sequence[Tensor], held:
         decibels=min(decibels(mine, theirs) for mine, theirs in pairs),
         same_class=None if same is None else round(100 * float(same), 2),
     )
+
+
+def _joined(outs: Sequence[Tensor]) -> Tensor:
+    """One output of all batches; a number counts as an image's."""
+    return torch.cat([out if out.dim() else out[None] for out in outs]).double()
 
 
 def decibels(signal: Tensor, changed: Tensor) -> float:

@@ -587,3 +587,16 @@ def test_a_calibrated_network_is_saved_copied_and_fused() -> None:
     torch.testing.assert_close(copy.deepcopy(model)(images), model(images))
     torch.testing.assert_close(padfree.fuse(model.eval())(images), model(images), rtol=1e-3, atol=1e-4)
     assert any(isinstance(module, StemTail) for module in model.modules())
+
+
+@pytest.mark.parametrize("end", [nn.Identity(), nn.Softmax(1)], ids=["features", "softmax"])
+@pytest.mark.parametrize("count", [2, 12], ids=["few", "many"])
+def test_outputs_that_no_classifier_mends_do_not_get_worse(end: nn.Module, count: int) -> None:
+    """A step that is judged by the outputs is kept only where they come nearer as they are."""
+    original = trained(nn.Sequential(inverted()[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), end))
+    report = padfree.calibrate(converted(original), batches(count, images=16), original=original)
+    assert step(report, "classifier").places == 0
+    judged = [step(report, name) for name in ("imitate", "recalibrate")]
+    assert any(each.places for each in judged)
+    for each in judged:
+        assert each.kept is not (each.after > each.before * (1 + 1e-4))
