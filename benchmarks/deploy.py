@@ -2,6 +2,7 @@
 
     python -m benchmarks.deploy                                    # everything that is installed
     python -m benchmarks.deploy --networks timm:resnet18 --runtimes "ONNX Runtime" ncnn
+    python -m benchmarks.deploy --form downsampling-only           # with the original's stem
     python -m benchmarks.deploy --report --page docs/deploy.md     # measure nothing, write the tables of the page
 
 The paper's four networks and three of timm's, original and padding-free, in every runtime that is installed (extra
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.clock import progress
 from benchmarks.deploy_cell import Cell
-from benchmarks.deploy_page import page, write
+from benchmarks.deploy_page import FORMS, WHOLE, page, write
 from benchmarks.deploy_runtimes import RUNTIMES
 from benchmarks.latency import PAPER, network
 
@@ -59,7 +60,7 @@ def measured(key: Cell, limit: float, flags: Sequence[str]) -> Cell:
     return {"key": key, "failed": {"process": f"status {done.returncode}: {said[-1][:200] if said else 'no word'}"}}
 
 
-def wanted(networks: Sequence[str], runtimes: Sequence[str], side: int) -> list[Cell]:
+def wanted(networks: Sequence[str], runtimes: Sequence[str], side: int, form: str = WHOLE) -> list[Cell]:
     """The keys of what was asked for and can be measured here; the rest is named."""
     keys: list[Cell] = []
     for runtime in runtimes:
@@ -69,6 +70,7 @@ def wanted(networks: Sequence[str], runtimes: Sequence[str], side: int) -> list[
             continue
         keys += [
             {"network": name, "side": side, "runtime": runtime, "bits": bits}
+            | ({} if form == WHOLE else {"form": form})
             for bits in RUNTIMES[runtime].bits
             for name in networks
         ]
@@ -90,6 +92,9 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", type=network, metavar="NAME", default=(*PAPER, *TIMM))
     parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES), metavar="NAME")
     parser.add_argument("--side", type=int, default=224, help="pixels; the paper's networks have 32 and 224")
+    parser.add_argument(
+        "--form", choices=FORMS, default=WHOLE, help="measured beside the original (default: %(default)s)"
+    )
     parser.add_argument("--builds", default="3", help="of each session (default: %(default)s)")
     parser.add_argument("--rounds", default="9", help="turns a build (default: %(default)s)")
     parser.add_argument("--seconds", default="0.05", help="about the length of a turn (default: %(default)s)")
@@ -100,7 +105,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables between the marks of this page")
     arguments = parser.parse_args()
     cells = known(arguments.json)
-    keys = [] if arguments.report else wanted(arguments.networks, arguments.runtimes, arguments.side)
+    keys = [] if arguments.report else wanted(arguments.networks, arguments.runtimes, arguments.side, arguments.form)
     if arguments.restart:
         cells = [cell for cell in cells if cell["key"] not in keys]
     left = [key for key in keys if key not in [cell["key"] for cell in cells]]

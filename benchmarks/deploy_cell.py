@@ -35,7 +35,7 @@ def measure(key: Cell, builds: int, rounds: int, seconds: float) -> Cell:
     """The figures of a cell.
 
     Args:
-        key: network, side, runtime and bits.
+        key: network, side, runtime, bits and, but for the whole padding-free form, `form`: downsampling-only.
         builds: how often every session is built.
         rounds: turns of each in one build.
         seconds: about how long a turn takes.
@@ -45,7 +45,7 @@ def measure(key: Cell, builds: int, rounds: int, seconds: float) -> Cell:
         `failed`, the reason for each form that does not come so far.
     """
     side = key["side"]
-    networks = dict(zip(FORMS, build(key["network"], side), strict=True))
+    networks = dict(zip(FORMS, build(key["network"], side, key.get("form", "padfree")), strict=True))
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(count, 3, side, side, generator=generator) for count in (1, CALIBRATION - 1)]
     about = {"machine": machine(), "versions": versions(RUNTIMES[key["runtime"]].packages)}

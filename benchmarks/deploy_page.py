@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from padfree.files.writing import replacing
 Cell = dict[str, Any]
 Row = tuple[str, str, int]  # runtime, bits, side
 BEGIN, END = "<!-- the tables of benchmarks.deploy -->", "<!-- end of the tables -->"
+WHOLE, DOWNSAMPLING = FORMS = ("padfree", "downsampling-only")
 _AGREES = {"fp32": 1e-3, "int8": 1.0}  # of the largest output; in int8 the figure itself says how far it is
 
 
 def page(cells: list[Cell]) -> str:
     """The tables of all cells, as Markdown."""
     networks = sorted({cell["key"]["network"] for cell in cells}, key=lambda name: (*map(name.__ne__, PAPER), name))
-    rows: dict[Row, dict[str, Cell]] = {}
+    forms: dict[str, dict[Row, dict[str, Cell]]] = {form: {} for form in FORMS}
     for cell in cells:
         key = cell["key"]
+        rows = forms[key.get("form", WHOLE)]
         rows.setdefault((key["runtime"], key["bits"], key["side"]), {})[key["network"]] = cell
-    ordered = sorted(rows, key=lambda row: (row[2], row[1], list(RUNTIMES).index(row[0])))
     machines = sorted({title(cell["machine"]) for cell in cells if "machine" in cell})
     versions = {name: version for cell in cells for name, version in cell.get("versions", {}).items()}
     where = ["Batch 1, one core", *machines, *(f"{name} {versions[name]}" for name in sorted(versions))]
@@ -34,9 +35,16 @@ def page(cells: list[Cell]) -> str:
         "Time, padding-free over original, with the control (the original over itself, built again) in brackets:",
         "",
     ]
-    lines += _table(networks, ordered, rows, _time, "the paper's four")
-    lines += ["", "Megabytes of the file, and the largest difference to PyTorch's output, of the largest output:", ""]
-    lines += _table(networks, ordered, rows, _file, None)
+    lines += _table(networks, forms[WHOLE], _time, "the paper's four")
+    if forms[DOWNSAMPLING]:
+        lines += ["", "The same for downsampling alone, with the original's stem (`--form downsampling-only`):", ""]
+        lines += _table(networks, forms[DOWNSAMPLING], _time, "the paper's four")
+    lines += [
+        "",
+        "Megabytes of the file, original / padding-free, and the largest difference to PyTorch, of the largest output:",
+        "",
+    ]
+    lines += _table(networks, forms[WHOLE], _file, None)
     reasons = _reasons(cells)
     lines += ["", *reasons] if reasons else []
     return "\n".join(lines)
@@ -44,14 +52,13 @@ def page(cells: list[Cell]) -> str:
 
 def _table(
     networks: list[str],
-    ordered: Iterable[Row],
     rows: dict[Row, dict[str, Cell]],
     figure: Callable[[Cell], str],
     mean: str | None,
 ) -> list[str]:
     head = ["runtime", "", "side", *(name.removeprefix("timm:") for name in networks), *([mean] if mean else [])]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in ordered:
+    for row in sorted(rows, key=lambda row: (row[2], row[1], list(RUNTIMES).index(row[0]))):
         found = rows[row]
         texts = [figure(found[name]) if name in found else "" for name in networks]
         texts += [geometric(found)] if mean else []
@@ -95,7 +102,7 @@ def _reasons(cells: list[Cell]) -> list[str]:
     for cell in cells:
         for form, reason in cell["failed"].items():
             key = cell["key"]
-            lines.append(f"- {key['runtime']} {key['bits']}, {key['network']}, {form}: {reason}")
+            lines.append(f"- {key['runtime']} {key['bits']}, {key['network']}, {_named(key, form)}: {reason}")
     measured = {cell["key"]["runtime"] for cell in cells}
     lines += [
         f"- no int8 in {name}: {RUNTIMES[name].without}"
@@ -103,6 +110,11 @@ def _reasons(cells: list[Cell]) -> list[str]:
         if name in measured and RUNTIMES[name].without
     ]
     return lines
+
+
+def _named(key: Cell, form: str) -> str:
+    """Which of a cell's networks: the original, or the form that stands beside it."""
+    return key.get("form", form) if form == WHOLE else form
 
 
 def write(path: Path, tables: str, begin: str = BEGIN, end: str = END) -> None:

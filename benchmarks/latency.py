@@ -35,6 +35,7 @@ PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2
 NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
 SIDES = (32, 224)
 BATCHES = {32: (1, 32), 224: (1, 8)}
+DOWNSAMPLING = ("depthwise", "dense", "projection")  # rules: all but the stem's
 RUNTIMES = ("eager", "eager channels_last", "compile", "onnxruntime")
 Call = Callable[[], object]
 
@@ -43,8 +44,13 @@ class NotHere(Exception):
     """This combination cannot be measured on this machine; says why."""
 
 
-def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
+def build(name: str, side: int, variant: str = "padfree") -> tuple[nn.Module, nn.Module]:
     """The original and its padding-free form, both in eval mode.
+
+    Args:
+        name: of a network of the paper, of `NETWORKS`, or library:model.
+        side: pixels.
+        variant: padfree, or downsampling-only, which leaves the stem as it is.
 
     Raises:
         NotHere: the network does not exist at that side, or needs a package that is missing.
@@ -56,7 +62,8 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
     if ":" in name:
         try:
             original = Source.from_dict(name).create().eval()
-            return original, padfree.convert(original, input_size=(3, side, side)).eval()
+            rules = None if variant == "padfree" else DOWNSAMPLING
+            return original, padfree.convert(original, rules=rules, input_size=(3, side, side)).eval()
         except padfree.PadfreeError as error:  # no such model, or none that such an image fits into
             raise NotHere(str(error)) from error
     recipe = {32: "cifar100-second/", 224: "vegfru-292/"}[side] + name
@@ -68,7 +75,7 @@ def build(name: str, side: int) -> tuple[nn.Module, nn.Module]:
         from padfree import recipes
 
         found = recipes.load(recipe)
-        return found.build("original", seed=0).eval(), found.build("padfree", seed=0).eval()
+        return found.build("original", seed=0).eval(), found.build(variant, seed=0).eval()
     except (ImportError, padfree.PadfreeError) as error:
         raise NotHere(f"{type(error).__name__}: {error}") from error
 

@@ -25,6 +25,7 @@ import padfree
 torch.manual_seed(0)
 if len(sys.argv) == 3:
     model, folder = padfree.load(sys.argv[1]), Path(sys.argv[2])
+    folder.mkdir(parents=True, exist_ok=True)
 else:
     model = padfree.convert(timm.create_model("mobilenetv3_small_050"), input_size=(3, 96, 96)).eval()
     temporary = tempfile.TemporaryDirectory()

@@ -35,6 +35,12 @@ def test_the_table_has_a_row_a_runtime_and_a_mean_where_all_of_the_papers_networ
     assert "| Core ML | fp32 | 32 |  |  |  |  | fails |" in text
     assert "- Core ML fp32, timm:resnet18, padfree: ValueError: no such operator" in text
     assert "2.0 / 1.0; 0e+00 / 1e-06 |" in text and "differs" not in text
+    assert "downsampling" not in text
+    found.append(cell("timm:resnet18", 0.25, form="downsampling-only"))
+    again = deploy_page.page(found)
+    assert (
+        "| ONNX Runtime | fp32 | 32 |  |  |  |  | 0.25 (4.00) |  |" in again and "0.80 (1.25) | 1.00 (1.00) |" in again
+    )
     found[0]["difference"] = {"original": 0.0, "padfree": 0.1}
     assert "1e-01 **differs**" in deploy_page.page(found)
     assert deploy_page.geometric({name: found[0] for name in deploy.PAPER[:3]}) == ""
@@ -63,7 +69,10 @@ def test_cells_are_kept_and_a_runtime_that_is_missing_is_named(
     monkeypatch.setitem(deploy_runtimes.RUNTIMES, "Absent", absent)
     assert deploy.wanted(["a"], ["Absent"], 32) == []
     assert "Absent: left out: not installed (no_such_runtime)" in capsys.readouterr().err
-    assert [key["bits"] for key in deploy.wanted(["a"], ["ONNX Runtime"], 32)] == ["fp32", "int8"]
+    keys = deploy.wanted(["a"], ["ONNX Runtime"], 32)
+    assert [key["bits"] for key in keys] == ["fp32", "int8"]
+    alone = deploy.wanted(["a"], ["ONNX Runtime"], 32, "downsampling-only")
+    assert alone == [{**key, "form": "downsampling-only"} for key in keys]
 
 
 def test_a_run_goes_on_where_it_was_stopped(
@@ -99,7 +108,7 @@ def test_a_process_that_ends_without_a_cell_is_one(monkeypatch: pytest.MonkeyPat
     assert deploy.measured(KEY, 3, [])["failed"] == {"process": "not finished after 3 s"}
 
 
-def networks(name: str, side: int) -> tuple[nn.Module, nn.Module]:
+def networks(name: str, side: int, variant: str) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     return tuple(net(unit(8, 12, 1), depthwise(12), unit(12, 8, 1)).eval() for _ in range(2))  # type: ignore[return-value]
 

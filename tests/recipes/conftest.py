@@ -8,8 +8,8 @@ import pytest
 import torch
 
 SMALL = """
-about: ResNet-20 BSConv-U on digits of 16 pixels
-model: {builder: bsconv, name: cifar_resnet20_bsconvu, num_classes: 10, input_side: 16}
+about: a small ResNet on digits of 16 pixels
+model: {builder: small, name: resnet, num_classes: 10, input_side: 16}
 conversion: {stem_residual: true}
 data:
   dataset: digits

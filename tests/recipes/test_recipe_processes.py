@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,15 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from padfree.recipes import load
 from padfree.recipes.checkpoints import Progress, read_progress
 from padfree.recipes.loaders import train_loader
+from padfree.recipes.train import Run, train
 
 from padfree import PadfreeError
 
 RECIPE = "digits/resnet20"
-SMALLER = [  # a quarter of the pixels, so that it takes seconds
-    "model.input_side=16",
+SMALLER = [  # a network of a second an epoch
+    "model={builder: small, name: resnet, num_classes: 10, input_side: 16}",
     "data.train=[{Resize: {size: [16, 16]}}, {RandomCrop: {size: 16, padding: 1}}, {ToTensor: {}}]",
     "data.eval=[{Resize: {size: [16, 16]}}, {ToTensor: {}}]",
     "training.epochs=4",
@@ -34,13 +37,14 @@ def launch(processes: int, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Progress]:
+    """Of this process alone, and of two that are launched."""
     folder = tmp_path_factory.mktemp("processes")
-    found = {}
-    for processes in (1, 2):
-        result = launch(processes, folder / str(processes))
-        assert result.returncode == 0, result.stderr
-        found[processes] = read_progress(folder / str(processes))
-    return found
+    torch.set_num_threads(1)
+    alone = train(Run(load(RECIPE, SMALLER), folder=folder / "1", cpu=True, quiet=True))
+    result = launch(2, folder / "2")
+    assert result.returncode == 0, result.stderr
+    assert [json.loads((folder / name / "run.json").read_text())["processes"] for name in "12"] == [1, 2]
+    return {1: alone, 2: read_progress(folder / "2")}
 
 
 def test_every_image_is_seen_once_and_counted_once(runs: dict[int, Progress]) -> None:

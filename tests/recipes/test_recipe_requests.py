@@ -143,7 +143,7 @@ def test_figures_that_are_not_counted(small_text: str, tmp_path: Path, capsys: p
 def test_networks_that_cannot_be_counted(small_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "grey.yaml"
     grey = "{builder: timm, name: lcnet_035, arguments: {in_chans: 1}, num_classes: 10, input_side: 32}"
-    named = "{builder: bsconv, name: cifar_resnet20_bsconvu, num_classes: 10, input_side: 16}"
+    named = "{builder: small, name: resnet, num_classes: 10, input_side: 16}"
     assert named in small_text
     path.write_text(small_text.replace(named, grey) + "figures: {count: fvcore, rows: {original: {published: {}}}}\n")
     assert "cannot be counted by fvcore on 3 channels" in refused(["table", "--recipe", str(path)], capsys)

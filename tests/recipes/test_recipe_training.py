@@ -213,10 +213,10 @@ def test_the_learning_rate_falls_after_its_milestones(small: Path, tmp_path: Pat
 
 
 def test_the_bsconvs_loss_is_added_in_training(small: Path, tmp_path: Path) -> None:
-    name = "model.name=cifar_mobilenetv3_small_w7d20_bsconvs_p1d6"
+    network = ["model.builder=bsconv", "model.name=cifar_resnet20_bsconvs_p1d4"]
     losses = {}
     for weight in (0.1, 0.0):
-        changes = [name, f"training.orthonormal_weight={weight}", "training.epochs=1"]
+        changes = [*network, f"training.orthonormal_weight={weight}", "training.epochs=1", "training.batch_size=479"]
         progress = run(small, tmp_path / str(weight), *changes, variant="original")
         losses[weight] = progress.epochs[0].train_loss
     assert losses[0.1] > losses[0.0] + 1
