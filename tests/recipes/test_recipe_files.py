@@ -120,7 +120,7 @@ def test_what_is_no_recipe_is_refused(text: str, words: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ("model.name=null", "builder bsconv needs model.name"),
+        ("model.name=null", "builder small needs model.name"),
         ("model.builder=timm-ghostnet", "builder timm-ghostnet takes no model.name"),
         ("data.dataset=cifar10", "dataset cifar10 needs data.root"),
         ("data.reader=wds/x", "data.reader and dataset: timm go together"),

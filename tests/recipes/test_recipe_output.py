@@ -19,21 +19,27 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+TABLE = "table --recipe cifar100-first/resnet20"
+
+
 @pytest.mark.parametrize(
-    ("where", "words"), [("> /dev/full", "No space left on device"), (">&-", "standard output is closed")]
+    ("command", "where", "words"),
+    [
+        (TABLE, "> /dev/full", "No space left on device"),
+        ("list", "> /dev/full", "No space left on device"),
+        ("list", ">&-", "standard output is closed"),
+    ],
 )
-@pytest.mark.parametrize("command", ["list", "table --recipe cifar100-first/resnet20"])
 def test_output_that_cannot_be_written_is_one_line(command: str, where: str, words: str) -> None:
     done = shell(f"{CLI} {command} {where}")
     assert (done.returncode, done.stderr) == (2, f"padfree-recipes: {words}\n")
 
 
-@pytest.mark.parametrize("command", ["list", "table --recipe cifar100-first/resnet20"])
-def test_a_reader_that_goes_away_is_not_a_table_that_is_off(command: str) -> None:
+def test_a_reader_that_goes_away_is_not_a_table_that_is_off() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    command_line = [*CLI.split(), *command.split()]
-    done = subprocess.run(command_line, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
+    command = [*CLI.split(), *TABLE.split()]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 

@@ -32,6 +32,8 @@ def test_no_row_of_a_table_is_off_and_reference_figures_are_met_exactly(table: s
     found = measured_lines(table)
     assert len(found) == (MAIN | OTHERS)[table]
     assert [(line.recipe, line.variant, line.off) for line in found if line.off] == []
+    if table == "cifar100-ablation":
+        stem_and_downsampling_add_up(found)
     for line in found if table in MAIN else ():
         measured, reference = line.measured, line.reference
         assert measured["params"] == reference["params"]
@@ -41,6 +43,16 @@ def test_no_row_of_a_table_is_off_and_reference_figures_are_met_exactly(table: s
         else:
             assert measured["conv_linear"] == reference["conv_linear"]
             assert measured["flops"] == pytest.approx(reference["flops"], rel=0.005)
+
+
+def stem_and_downsampling_add_up(found: tuple[Line, ...]) -> None:
+    """To the whole conversion; ParC's own parameters shrink with the map alone."""
+    for name in {line.recipe for line in found}:
+        params = {line.variant: line.measured["params"] for line in found if line.recipe == name}
+        original, stem, down = (params[variant] for variant in ("original", "stem-only", "downsampling-only"))
+        assert stem > original
+        assert params["padfree"] - original == (stem - original) + (down - original)
+        assert (down < original) == (name.endswith("parc-mobilenetv2"))
 
 
 def test_comparison_rows_are_within_one_percent() -> None:

@@ -213,7 +213,7 @@ def test_the_learning_rate_falls_after_its_milestones(small: Path, tmp_path: Pat
 
 
 def test_the_bsconvs_loss_is_added_in_training(small: Path, tmp_path: Path) -> None:
-    network = ["model.builder=bsconv", "model.name=cifar_resnet20_bsconvs_p1d4"]
+    network = ["model.builder=bsconv", "model.name=cifar_mobilenetv3_small_w7d20_bsconvs_p1d6"]
     losses = {}
     for weight in (0.1, 0.0):
         changes = [*network, f"training.orthonormal_weight={weight}", "training.epochs=1", "training.batch_size=479"]
