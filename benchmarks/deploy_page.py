@@ -39,6 +39,8 @@ def page(cells: list[Cell]) -> str:
     if forms[DOWNSAMPLING]:
         lines += ["", "The same for downsampling alone, with the original's stem (`--form downsampling-only`):", ""]
         lines += _table(networks, forms[DOWNSAMPLING], _time, "the paper's four")
+        lines += ["", "The fastest of original, downsampling alone and both, where both were measured:", ""]
+        lines += _table(networks, _fastest(forms), _named_time, None)
     lines += [
         "",
         "Megabytes of the file, original / padding-free, and the largest difference to PyTorch, of the largest output:",
@@ -65,6 +67,26 @@ def _table(
         if any(text not in ("", "-") for text in texts):
             lines.append(f"| {' | '.join([row[0], row[1], str(row[2]), *texts])} |")
     return lines
+
+
+def _fastest(forms: dict[str, dict[Row, dict[str, Cell]]]) -> dict[Row, dict[str, Cell]]:
+    """By row and network the cell of the form with the lowest ratio, of those that have both."""
+    whole, alone = forms[WHOLE], forms[DOWNSAMPLING]
+    return {
+        row: {
+            name: min(whole[row][name], cell, key=lambda cell: cell["ratio"]["median"])
+            for name, cell in alone[row].items()
+            if "ratio" in cell and "ratio" in whole[row].get(name, {})
+        }
+        for row in alone
+        if row in whole
+    }
+
+
+def _named_time(cell: Cell) -> str:
+    if cell["ratio"]["median"] > 1:
+        return "original"
+    return f"{'both' if cell['key'].get('form', WHOLE) == WHOLE else 'downsampling'} {cell['ratio']['median']:.2f}"
 
 
 def _time(cell: Cell) -> str:
