@@ -5,13 +5,14 @@ Recalibration is the cumulative average of PreciseBN (Wu & Johnson, arXiv:2105.0
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from padfree.adapt.work import Norm, Outcome, Work, mean_and_variance, pooled
+from padfree.adapt.work import Norm, Outcome, Stop, Work, mean_and_variance, pooled
 from padfree.layers.counting import countable, counting, counts
 from padfree.layers.new import new_layers
 from padfree.layers.preserve import running_norm
@@ -61,20 +62,31 @@ def _held(work: Work, norms: dict[str, Norm]) -> Iterable[tuple[str, Statistics]
 
 
 def statistics_of(model: nn.Module, paths: Iterable[str], batches: Sequence[Tensor]) -> dict[str, Statistics]:
-    """Mean and variance of what modules read, the means over batches."""
+    """Mean and variance of what modules read, the means over batches.
+
+    From the second batch on a pass ends where the first one read what was asked for last.
+    """
     found: dict[str, list[Statistics]] = {path: [] for path in paths}
     modules = dict(model.named_modules())
+    left = -1  # reads of this pass to come, unknown in the first
 
     def note(path: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal left
             found[path].append(mean_and_variance(args[0]))
+            left -= 1
+            if left == 0:
+                raise Stop
 
         return hook
 
     handles = [modules[path].register_forward_pre_hook(note(path)) for path in found]
     try:
         for images in batches:
-            model(images.clone())
+            before = sum(map(len, found.values()))
+            with contextlib.suppress(Stop):
+                model(images.clone())
+            left = sum(map(len, found.values())) - before
     finally:
         for handle in handles:
             handle.remove()
