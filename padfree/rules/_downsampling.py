@@ -94,7 +94,10 @@ def trouble(sites: Sites, conv: Conv) -> str:
 
 
 def block_for(sites: Sites, op: OpId, *values: ValueId, owner: str, child: bool = False) -> Call:
-    """The smallest module whose own forward holds all values; with `child`, one that can take a new child.
+    """The smallest module whose own forward holds all values; with `child`, a block that can take a new child.
+
+    A module that runs the network's first convolution is no block: a network inside another, or its stem. Then a
+    container takes the child, as it does below the root, and who reads the container's output reads the sum.
 
     Raises:
         Refusal: there is none, or it runs more than once in a forward.
@@ -102,8 +105,9 @@ def block_for(sites: Sites, op: OpId, *values: ValueId, owner: str, child: bool 
     around = [call for call in sites.flow.blocks(op, *values) if call.path != owner]
     inner = [call for call in around if call.path]
     if child:
-        modules = sites.recording.modules
-        inner = [call for call in inner if not isinstance(modules[call.path], _CONTAINERS)] or inner
+        modules, first = sites.recording.modules, {conv.op for conv in sites.first}
+        blocks = (call for call in inner if first.isdisjoint(call.ops))
+        inner = [call for call in blocks if not isinstance(modules[call.path], _CONTAINERS)] or inner
     if not around:
         raise Refusal("no module's own forward holds both its input and the end of its chain")
     call = (inner or around)[0]

@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from timm.models import get_arch_pretrained_cfgs, is_model, load_pretrained, load_state_dict, model_entrypoint
+from timm.models import (
+    FeatureGraphNet,
+    get_arch_pretrained_cfgs,
+    is_model,
+    load_pretrained,
+    load_state_dict,
+    model_entrypoint,
+)
 from torch import Tensor, nn
 
 from padfree.convert import Plan, convert
@@ -25,6 +32,7 @@ MEASURED = ("pool_size", "test_pool_size", "min_input_size")
 _logger = logging.getLogger(__name__)
 _REPOSITORIES = ("hf-hub", "local-dir")  # sources that come with a `config.json`, which names the architecture
 _OF_FEATURES = ("features_only", "out_indices", "feature_cls")
+_INSIDE = ("model_", "body_", "graph_module_")  # where feature extractors of timm's hold the network
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 _ARGUMENTS = tuple(set(inspect.signature(convert).parameters) - {"model", "options", "input_size", "inplace"})
 
@@ -122,19 +130,33 @@ class Recipe:
 
     def converted(self, original: nn.Module) -> nn.Module:
         """The same network converted, with a true description."""
-        size = default_input_size(original)
-        if (sides := self.kwargs.get("img_size")) is not None:
-            size = (size[0], *((sides, sides) if isinstance(sides, int) else sides))
-        if (planned := self.conversion.get("plan")) is None:
-            model = convert(original, input_size=size, inplace=True, **self.conversion)
-        else:
-            model = planned.apply(original, inplace=True)
+        model = self._traced_again(original) if isinstance(original, FeatureGraphNet) else self._convert(original)
         described = _without_weights(getattr(model, "pretrained_cfg", {})) | {"architecture": BY_NAME + self.name}
         model.pretrained_cfg = model.default_cfg = described
         kept = {key: _without_weights(value) for key, value in self.kwargs.items()}
         hook = dataclasses.replace(self, kwargs=kept)
         model.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
         return model
+
+    def _convert(self, original: nn.Module) -> nn.Module:
+        size = default_input_size(original)
+        if (sides := self.kwargs.get("img_size")) is not None:
+            size = (size[0], *((sides, sides) if isinstance(sides, int) else sides))
+        if (planned := self.conversion.get("plan")) is None:
+            return convert(original, input_size=size, inplace=True, **self.conversion)
+        return cast("nn.Module", planned.apply(original, inplace=True))
+
+    def _traced_again(self, features: FeatureGraphNet) -> nn.Module:
+        """`feature_cls="fx"`: a graph has lost the blocks that shortcuts go to, so the network is converted before it.
+
+        Its parts are what is left to convert in the graph, and would give another network than the whole one.
+        """
+        whole = self.whole.original()
+        whole.load_state_dict(features.graph_module.state_dict(), strict=False)  # the graph ends at its last feature
+        converted = self._convert(whole.train(features.training))
+        features.graph_module = FeatureGraphNet(converted, features.feature_info.out_indices).graph_module
+        features.__dict__["padfree_plan"] = converted.__dict__["padfree_plan"]
+        return features
 
     def keys_of_file(self) -> set[str] | None:
         """The keys of weights that are given as a file or a state dict, None if neither is."""
@@ -239,12 +261,13 @@ def _with_own_weights(recipe: Recipe) -> nn.Module | None:
 
 
 def _take_over(features: nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
-    """Load a feature extractor from the whole network, whose names it joins with underscores or puts under `model.`."""
+    """Load a feature extractor from the whole network, whose names it joins with underscores or puts under its own."""
     by_name = {key.replace(".", "_"): value for key, value in weights.items()}
     taken: dict[str, Tensor] = {}
     for key in features.state_dict():
         joined = key.replace(".", "_")
-        value = by_name.get(joined, by_name.get(joined.removeprefix("model_")))
+        names = [joined, *(joined.removeprefix(prefix) for prefix in _INSIDE if joined.startswith(prefix))]
+        value = next((by_name[name] for name in names if name in by_name), None)
         if value is None:
             raise PadfreeError(
                 f"the weights of padfree_{name} have none for `{key}` of its feature extractor; build it without "

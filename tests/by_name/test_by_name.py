@@ -294,11 +294,17 @@ def check_features(features: Any, whole: nn.Module) -> None:
         assert_close(features.eval()(images), seen, rtol=0, atol=0)
 
 
-def test_features_are_those_of_the_whole_network(converted: nn.Module, files: dict[str, str]) -> None:
+@pytest.mark.parametrize("cls", ["list", "hook", "fx"])
+def test_features_are_those_of_the_whole_network(cls: str, converted: nn.Module, files: dict[str, str]) -> None:
+    arguments = dict(features_only=True, out_indices=(1, 2), feature_cls=cls)
     given = {"file": files["converted"]}
-    made: Any = create(features_only=True, out_indices=(1, 2), pretrained=True, pretrained_cfg_overlay=given)
+    made: Any = create(**arguments, pretrained=True, pretrained_cfg_overlay=given)
     assert made.feature_info.channels() == [8, 16]
     check_features(made, converted)
+    original: Any = create("tiny_network", **arguments)
+    again = create(**arguments)
+    again.load_state_dict(original.state_dict())
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in original.state_dict().items())
 
 
 @pytest.mark.slow

@@ -420,6 +420,41 @@ def test_nested_sequentials_in_a_list_and_a_dict() -> None:
     assert_close(made(images()), x)
 
 
+class Staged(nn.Module):
+    """Stages that are plain Sequentials of one strided conv, the last with a projection beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.layer1 = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+        self.layer2 = nn.Sequential(nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32))
+        self.downsample = nn.Sequential(nn.Conv2d(16, 32, 1, 2), nn.BatchNorm2d(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(self.stem(x))
+        return F.relu(self.layer2(x) + self.downsample(x))
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Staged()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * 2 - 1).mean((2, 3))
+
+
+def test_a_network_inside_another_is_converted_as_it_is_alone_and_hooks_see_what_is_read_on() -> None:
+    alone, inside = padfree.convert(Staged(), input_size=(3, 65, 65)), padfree.convert(Around(), input_size=(3, 65, 65))
+    assert {f"body.{key}" for key in alone.state_dict()} == set(inside.state_dict())
+    assert any(key.startswith("layer1.padfree_shortcut.") for key in alone.state_dict())
+    seen: dict[str, Tensor] = {}
+    inside.get_submodule("body.layer1").register_forward_hook(lambda module, given, out: seen.update(returned=out))
+    inside.get_submodule("body.layer2").register_forward_pre_hook(lambda module, given: seen.update(read=given[0]))
+    inside(images(side=65))
+    assert_close(seen["returned"], seen["read"], rtol=0, atol=0)
+
+
 class Plain(nn.Module):
     """A whole network in one forward, functions for what has no parameters."""
 
