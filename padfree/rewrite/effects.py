@@ -144,7 +144,7 @@ def has_state(value: Any) -> bool:
     """Whether a forward could write into `value` unseen: a container, a generator, an object of a user's class."""
     if type(value) in SIMPLE:
         return False
-    if isinstance(value, _CONTAINERS) or _is_array(value):
+    if isinstance(value, _CONTAINERS) or is_array(value):
         return True
     if isinstance(value, _WITHOUT) or type(value).__module__.partition(".")[0] == "torch":
         return False
@@ -160,7 +160,7 @@ def snapshot(value: Any, depth: int = 3) -> Any:
     drawn = _generator(value)
     if drawn is not None:
         return _Mark(drawn)
-    if _is_array(value):
+    if is_array(value):
         return _Mark(hash((value.shape, value.tobytes()))) if value.nbytes <= _LARGEST else value
     parts: list[Any] = []
     if isinstance(value, _CONTAINERS):
@@ -250,7 +250,8 @@ def _slots(value: Any) -> list[str]:
     return [name for names in slots for name in ([names] if isinstance(names, str) else names)]
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether it is an array of numpy's, which need not be there."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 
