@@ -35,8 +35,8 @@ class Spy:
                 if name in object.__getattribute__(this, "__dict__") or _is_class_state(base, name):
                     self.reads.setdefault(name, value)
                 elif inspect.ismethod(value) and not hasattr(nn.Module, name) and name != "forward":
-                    if str(value.__func__.__module__).partition(".")[0] != "torch":  # as those of a ModuleDict
-                        self.methods.add(name)
+                    torchs = str(value.__func__.__module__).partition(".")[0] == "torch"  # as those of a ModuleDict
+                    self.methods |= set() if torchs else {name}
             return value
 
         def __getattr__(this: Any, name: str) -> Any:
