@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import random
 import sys
@@ -184,6 +185,19 @@ def alike(a: Any, b: Any) -> bool:
 def asks_for_mode(kind: type) -> bool:
     """Whether a class of a user's or a library's reads `training` in a function of its own."""
     return any("training" in names for _, names in _functions(kind))
+
+
+def methods_naming(kind: type, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Methods beside `forward` of a user's or a library's class that name one of these attributes, and which."""
+    wanted = tuple(names)
+    for name in dir(kind):
+        function = inspect.getattr_static(kind, name)
+        owner = next((owner for owner in _own_classes(kind) if vars(owner).get(name) is function), None)
+        if owner is None or not isinstance(function, types.FunctionType) or name.startswith("__") or name == "forward":
+            continue
+        used = set(_names(function.__code__))
+        if found := next((each for each in wanted if each in used), None):
+            yield name, found
 
 
 def _differences(after: dict[str, Any], before: dict[str, Any]) -> list[str]:

@@ -156,6 +156,12 @@ def is_rewritten(module: nn.Module) -> bool:
     return _MARK in dir(type(module))
 
 
+def has_generated_forward(module: nn.Module) -> bool:
+    """Whether its forward is one that padfree wrote."""
+    recipe: tuple[str, Names, Locked] = getattr(type(module), "_padfree_recipe", ("", (), ()))
+    return bool(recipe[0])
+
+
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
 
