@@ -187,8 +187,14 @@ def asks_for_mode(kind: type) -> bool:
     return any("training" in names for _, names in _functions(kind))
 
 
-def methods_naming(kind: type, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Methods beside `forward` of a user's or a library's class that name one of these attributes, and which."""
+def methods_naming(kind: type, names: Iterable[str], but: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """Methods beside `forward` of a user's or a library's class that name one of these attributes, and which.
+
+    Args:
+        kind: the class.
+        names: the attributes.
+        but: words that leave a method out if its code has one.
+    """
     wanted = tuple(names)
     for name in dir(kind):
         function = inspect.getattr_static(kind, name)
@@ -196,7 +202,8 @@ def methods_naming(kind: type, names: Iterable[str]) -> Iterator[tuple[str, str]
         if owner is None or not isinstance(function, types.FunctionType) or name.startswith("__") or name == "forward":
             continue
         used = set(_names(function.__code__))
-        if found := next((each for each in wanted if each in used), None):
+        found = next((each for each in wanted if each in used), None)
+        if found is not None and but.isdisjoint(used):
             yield name, found
 
 

@@ -39,6 +39,8 @@ from padfree.rewrite.refusing import refused_methods
 
 _NAMED = ("get_intermediate_layers",)
 _PREFIX = "forward_"
+_ACTING = frozenset({"backward", "step", "zero_grad", "save", "open", "print", "log", "write"})
+"""What a method that does more than compute is written with; it is not run."""
 _FEATURES, _HEAD = "forward_features", "forward_head"
 
 
@@ -67,7 +69,8 @@ def _methods(module: nn.Module) -> list[str]:
     kind = type(module)
     offered = [name for name in dir(kind) if name.startswith(_PREFIX) or name in _NAMED]
     if has_generated_forward(module):
-        offered += [name for name, _ in methods_naming(original_class(module), module._modules) if name not in offered]
+        found = methods_naming(original_class(module), module._modules, but=_ACTING)
+        offered += [name for name, _ in found if name not in offered]
     refused = dict(refused_methods(kind))
     return [name for name in offered if inspect.isfunction(inspect.getattr_static(kind, name)) and name not in refused]
 

@@ -194,6 +194,9 @@ def test_a_head_alone_is_compared_behind_the_features() -> None:
     assert disagreeing(recording, Headed().eval().to("meta")) == ()
 
 
+ACTED: list[str] = []
+
+
 class Embedding(Block):
     """Methods of any name that run the layers of a forward anew; only parts of them may be asked for."""
 
@@ -210,6 +213,16 @@ class Embedding(Block):
 
     def normalise(self, x: Tensor) -> Tensor:
         out: Tensor = self.norm(x)
+        return out
+
+    def learn(self, x: Tensor) -> Tensor:
+        ACTED.append("learn")
+        out: Tensor = self.norm(self.act(self.conv(x)))
+        out.sum().backward()
+        return out
+
+    def noise(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(torch.randn_like(x)) + torch.rand(1)
         return out
 
     def weigh(self) -> Tensor:
@@ -230,7 +243,11 @@ class Embedded(Network):
 
 
 def test_methods_of_any_name_over_the_children_of_a_rewritten_block() -> None:
-    made = converted(Embedded).eval()
+    model = Embedded().eval()
+    state = torch.get_rng_state()
+    plan = padfree.plan(model, input_size=SIZE)
+    assert torch.equal(state, torch.get_rng_state()) and not ACTED
+    made: Any = plan.apply(model).eval()
     block, x = made.block, torch.randn(2, 8, 32, 32)
     for twin in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         for name in ("embed", "energy"):
