@@ -22,7 +22,10 @@ from padfree.indices import OpId, ValueId
 from padfree.layers.fused import SETTINGS, FusedChain
 from padfree.record.recording import Call, Recording
 from padfree.rewrite.edit import BlockEdit, Places
-from padfree.rewrite.forward import access, graph_source, original_class, rewritten_class, set_class
+from padfree.rewrite.effects import methods_naming
+from padfree.rewrite.forward import access, graph_source, original_class, rewritten_class, sealing_class, set_class
+from padfree.rewrite.refusing import refused_methods, refusing_class
+from padfree.rewrite.sealed import FUSERS
 from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
@@ -272,9 +275,25 @@ class Carrier:
         texts = [access(inner) for inner in gone]
         locked = {name: value for name, value in locked.items() if not any(text in name for text in texts)}
         # called one after another, the children give what the block gives no more
-        locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(inner.partition(".")[0] for inner in gone)}))
+        traced = self._traced[path]
+        assert isinstance(traced, TracedBlock)
+        called = {str(node.target) for node in traced.bodies[0].graph.nodes if node.op == "call_module"}
+        ends = {next((t for t in called if f"{inner}.".startswith(f"{t}.")), inner.partition(".")[0]) for inner in gone}
+        locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(end for end in ends if "." not in end)}))
         source, names = graph_source([graph], checked=any(map(is_watched, locked)))
-        set_class(module, rewritten_class(original_class(module), source, names, tuple(sorted(locked.items()))))
+        base = original_class(module)
+        kind = rewritten_class(base, source, names, tuple(sorted(locked.items())))
+        first = {end.partition(".")[0] for end in ends}
+        named = methods_naming(base, sorted(first))
+        bypassing = {name: f"it calls `{child}`, which is merged with others now" for name, child in named}
+        bypassing = {name: why for name, why in bypassing.items() if name not in FUSERS}
+        refused = {**bypassing, **dict(refused_methods(type(module)))}
+        set_class(module, refusing_class(kind, tuple(refused.items())) if refused else kind)
+        for end in ends:
+            holder, _, name = end.rpartition(".")
+            if holder:  # a container that the forward takes apart
+                container = self._modules[f"{below}{holder}"]
+                set_class(container, sealing_class(container, (name,)))
 
 
 def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, nn.Module], path: str) -> None:

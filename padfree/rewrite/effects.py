@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import random
 import sys
@@ -144,7 +145,7 @@ def has_state(value: Any) -> bool:
     """Whether a forward could write into `value` unseen: a container, a generator, an object of a user's class."""
     if type(value) in SIMPLE:
         return False
-    if isinstance(value, _CONTAINERS) or _is_array(value):
+    if isinstance(value, _CONTAINERS) or is_array(value):
         return True
     if isinstance(value, _WITHOUT) or type(value).__module__.partition(".")[0] == "torch":
         return False
@@ -160,7 +161,7 @@ def snapshot(value: Any, depth: int = 3) -> Any:
     drawn = _generator(value)
     if drawn is not None:
         return _Mark(drawn)
-    if _is_array(value):
+    if is_array(value):
         return _Mark(hash((value.shape, value.tobytes()))) if value.nbytes <= _LARGEST else value
     parts: list[Any] = []
     if isinstance(value, _CONTAINERS):
@@ -184,6 +185,26 @@ def alike(a: Any, b: Any) -> bool:
 def asks_for_mode(kind: type) -> bool:
     """Whether a class of a user's or a library's reads `training` in a function of its own."""
     return any("training" in names for _, names in _functions(kind))
+
+
+def methods_naming(kind: type, names: Iterable[str], but: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """Methods beside `forward` of a user's or a library's class that name one of these attributes, and which.
+
+    Args:
+        kind: the class.
+        names: the attributes.
+        but: words that leave a method out if its code has one.
+    """
+    wanted = tuple(names)
+    for name in dir(kind):
+        function = inspect.getattr_static(kind, name)
+        owner = next((owner for owner in _own_classes(kind) if vars(owner).get(name) is function), None)
+        if owner is None or not isinstance(function, types.FunctionType) or name.startswith("__") or name == "forward":
+            continue
+        used = set(_names(function.__code__))
+        found = next((each for each in wanted if each in used), None)
+        if found is not None and but.isdisjoint(used):
+            yield name, found
 
 
 def _differences(after: dict[str, Any], before: dict[str, Any]) -> list[str]:
@@ -250,7 +271,8 @@ def _slots(value: Any) -> list[str]:
     return [name for names in slots for name in ([names] if isinstance(names, str) else names)]
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Whether it is an array of numpy's, which need not be there."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray)
 

@@ -12,7 +12,7 @@ import keyword
 import linecache
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import fx, nn
 
 from padfree.errors import Refusal
 from padfree.rewrite.classes import quiet_subclass
-from padfree.rewrite.sealed import FUSERS, locking_setattr, sealed, sequential_members
+from padfree.rewrite.containers import container_members
+from padfree.rewrite.sealed import FUSERS, locking_members, sealed, sequential_members
 from padfree.rewrite.stale import CHECK, check_member
 from padfree.rewrite.views import GENERATED, SEALED, child_members
 from padfree.types import NEW
@@ -155,6 +156,12 @@ def is_rewritten(module: nn.Module) -> bool:
     return _MARK in dir(type(module))
 
 
+def has_generated_forward(module: nn.Module) -> bool:
+    """Whether its forward is one that padfree wrote."""
+    recipe: tuple[str, Names, Locked] = getattr(type(module), "_padfree_recipe", ("", (), ()))
+    return bool(recipe[0])
+
+
 def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     """A subclass of `base` whose forward is `source` ("" keeps the base's and only seals its fusers).
 
@@ -180,6 +187,15 @@ def sealed_class(base: type[nn.Module]) -> type[nn.Module]:
     return rewritten_class(base, "", (), ())
 
 
+def sealing_class(module: nn.Module, ends: Iterable[str]) -> type[nn.Module]:
+    """The class of a module that also hands out views in the place of these children, which end a chain outside it."""
+    kind: Any = type(module)
+    source, names, locked = getattr(kind, "_padfree_recipe", ("", (), ()))
+    known = dict(locked)
+    known[SEALED] = tuple(sorted({*known.get(SEALED, ()), *ends}))
+    return rewritten_class(original_class(module), source, names, tuple(known.items()))
+
+
 def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked) -> type[nn.Module]:
     members: dict[str, Any] = {
         _MARK: base,
@@ -192,13 +208,14 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
     if source:
         members |= _compile(base, source, names)
         if locked:
-            members |= check_member(base, dict(locked))
-            members["__setattr__"] = locking_setattr(base, dict(locked))
-        ends = tuple(dict(locked).get(SEALED, ()))
-        if ends and base.named_children is nn.Module.named_children:
-            members |= child_members(ends)
-        if issubclass(base, nn.Sequential):
-            members |= sequential_members(base, ends)
+            members |= check_member(base, dict(locked)) | locking_members(base, dict(locked))
+    ends = tuple(dict(locked).get(SEALED, ()))
+    if ends and base.named_children is nn.Module.named_children:
+        members |= child_members(ends)
+    if source or ends:
+        members |= container_members(base, ends)
+    if source and issubclass(base, nn.Sequential):
+        members |= sequential_members(base, ends)
     for name in FUSERS:
         if callable(getattr(base, name, None)):
             members[name] = sealed(name)

@@ -19,7 +19,15 @@ from torch import nn
 from padfree.errors import PadfreeError
 from padfree.layers.spec import Spec, StemTailSpec
 from padfree.record.copies import HOOK_TABLES
-from padfree.rewrite.forward import Locked, Names, original_class, rewritten_class, sealed_class, set_class
+from padfree.rewrite.forward import (
+    Locked,
+    Names,
+    original_class,
+    rewritten_class,
+    sealed_class,
+    sealing_class,
+    set_class,
+)
 from padfree.rewrite.refusing import Refused, refusing_class
 from padfree.rewrite.same_padding import shaped_like
 
@@ -86,9 +94,13 @@ class Reforward:
 
 @dataclass(frozen=True)
 class Seal:
-    """A module keeps its forward, but its fusing methods raise: they would drop a shortcut below it."""
+    """A module keeps its forward, but its fusing methods raise: they would drop a shortcut below it.
+
+    Of the children named in `ends` it hands out views: they end a chain in the forward of a module above.
+    """
 
     path: str
+    ends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,7 +254,9 @@ def _reforward(model: nn.Module, operation: Reforward, undo: Undo) -> None:
 def _seal(model: nn.Module, operation: Seal, undo: Undo) -> None:
     module = model.get_submodule(operation.path)
     base = original_class(module)
-    if type(module) is base:  # else it is sealed already, or rewritten and so sealed
+    if operation.ends:
+        _set_class(module, sealing_class(module, operation.ends), undo)
+    elif type(module) is base:  # else it is sealed already, or rewritten and so sealed
         _set_class(module, sealed_class(base), undo)
 
 

@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 from torch import nn
 
 from padfree.errors import LockedStateError, PadfreeError
-from padfree.rewrite.views import view
-from padfree.types import NEW
+from padfree.rewrite.containers import shown
 
 FUSERS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert", "merge_bn")
 
 
-def locking_setattr(base: type[nn.Module], locked: dict[str, Any]) -> Any:
-    """A `__setattr__` that refuses to change what a generated forward was traced with."""
+def locking_members(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:
+    """Members that refuse to change what a generated forward was traced with: to set, register or delete it."""
 
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+    def check(name: Any, value: Any) -> None:
         if name in locked and not _same(locked[name], value):
             raise LockedStateError(
                 f"{base.__name__}.{name} is baked into the converted forward as {locked[name]!r}; "
                 "set it on the original model and convert again"
             )
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        check(name, value)
         base.__setattr__(self, name, value)
 
-    return __setattr__
+    def __delattr__(self: nn.Module, name: str) -> None:
+        check(name, _GONE)
+        base.__delattr__(self, name)
+
+    def registering(method: str) -> Any:
+        original = getattr(base, method)
+
+        @functools.wraps(original)
+        def register(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+            check(name, next(iter((*args, *kwargs.values())), None))
+            original(self, name, *args, **kwargs)
+
+        return register
+
+    members: dict[str, Any] = {"__setattr__": __setattr__, "__delattr__": __delattr__}
+    return members | {name: registering(name) for name in ("add_module", "register_parameter", "register_buffer")}
+
+
+_GONE = object()
 
 
 def _same(locked: Any, value: Any) -> bool:
@@ -46,23 +66,12 @@ def sealed(name: str) -> Any:
 
 
 def sequential_members(base: type[nn.Module], ends: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A rewritten Sequential shows only its old children, and refuses to be re-arranged.
+    """A rewritten Sequential refuses to be re-arranged or cut.
 
     Args:
         base: its original class.
         ends: names of the children that shortcuts end at, which it hands out views of.
     """
-
-    def shown(self: nn.Module) -> list[nn.Module]:
-        children: dict[str, Any] = self._modules
-        old = {name: child for name, child in children.items() if not name.startswith(NEW)}
-        return [view(child) if name in ends else child for name, child in old.items()]
-
-    def __len__(self: nn.Module) -> int:
-        return len(shown(self))
-
-    def __iter__(self: nn.Module) -> Iterator[nn.Module]:
-        return iter(shown(self))
 
     def __getitem__(self: nn.Module, index: Any) -> nn.Module:
         if isinstance(index, slice):
@@ -71,13 +80,12 @@ def sequential_members(base: type[nn.Module], ends: tuple[str, ...] = ()) -> dic
                 "and convert the parts"
             )
         numbered = isinstance(index, int) or hasattr(index, "__index__")
-        child: nn.Module = shown(self)[index] if numbered else base.__getitem__(self, index)  # type: ignore[index]
+        child: nn.Module = (
+            list(shown(self, ends).values())[index] if numbered else base.__getitem__(self, index)  # type: ignore[index]
+        )
         return child
 
     members: dict[str, Any] = {"__getitem__": __getitem__}
-    for member in (__len__, __iter__):
-        if getattr(base, member.__name__) is getattr(nn.Sequential, member.__name__):  # else the user's own stays
-            members[member.__name__] = member
     for name in (
         "append",
         "insert",

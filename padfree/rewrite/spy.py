@@ -15,8 +15,7 @@ from padfree.rewrite.effects import SIMPLE, Watch
 
 Locked = tuple[tuple[str, Any], ...]
 
-
-_OPAQUE = "<object>"
+OPAQUE = "<object>"  # what is locked and does not compare simply
 _ABSENT = "<absent>"
 
 
@@ -36,7 +35,8 @@ class Spy:
                 if name in object.__getattribute__(this, "__dict__") or _is_class_state(base, name):
                     self.reads.setdefault(name, value)
                 elif inspect.ismethod(value) and not hasattr(nn.Module, name) and name != "forward":
-                    self.methods.add(name)
+                    torchs = str(value.__func__.__module__).partition(".")[0] == "torch"  # as those of a ModuleDict
+                    self.methods |= set() if torchs else {name}
             return value
 
         def __getattr__(this: Any, name: str) -> Any:
@@ -79,7 +79,7 @@ class Spy:
 
     def locked(self) -> Locked:
         """What the forward read, as (name, value); values that do not compare simply are opaque."""
-        return tuple(sorted((name, value if _is_simple(value) else _OPAQUE) for name, value in self.reads.items()))
+        return tuple(sorted((name, value if _is_simple(value) else OPAQUE) for name, value in self.reads.items()))
 
 
 def _is_class_state(base: type[nn.Module], name: str) -> bool:

@@ -15,8 +15,9 @@ from padfree.rewrite.views import SEALED
 from padfree.types import NEW
 
 CHECK = f"{NEW}check"
+CHILDREN = "padfree_children(self)"  # the text that counts the children of a block which walks over them
 FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "padfree"}  # packages whose state is not the user's
-_MODULES = re.compile(r"^(?:len\(|tuple\()?padfree_modules\['([\w.]+)'\]")
+_MODULES = re.compile(r"padfree_modules\['([\w.]+)'\]")
 
 
 def is_watched(name: str) -> bool:
@@ -34,9 +35,11 @@ def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any
     texts = [name for name in locked if is_watched(name)]
     if not texts:
         return {}
-    found = filter(None, map(_MODULES.match, texts))
+    found = {name for text in texts for name in _MODULES.findall(text)}
     namespace: dict[str, Any] = {
-        "padfree_modules": {match[1]: importlib.import_module(match[1]) for match in found},
+        "padfree_children": _children,
+        "padfree_name": name_of,
+        "padfree_modules": {name: importlib.import_module(name) for name in found},
         "padfree_cells": _cells(base) if any("padfree_cells" in text for text in texts) else {},
         "padfree_values": tuple(locked[text] for text in texts),
         "padfree_stale": _stale,
@@ -49,8 +52,27 @@ def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any
     return {CHECK: namespace[CHECK]}
 
 
+def _children(module: nn.Module) -> int:
+    """How many children a block has, those that padfree added left out."""
+    return sum(not name.startswith(NEW) for name in module._modules)
+
+
+def name_of(function: Any) -> str:
+    """What tells one function from another in a converted file: they are saved by name."""
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+_WORDS = {
+    "padfree_modules": "sys.modules",
+    "padfree_cells": "closure",
+    "padfree_name": "name",
+    CHILDREN: "the number of its children",
+}
+
+
 def _stale(module: nn.Module, text: str, was: Any, now: Any) -> None:
-    text = text.replace("padfree_modules", "sys.modules").replace("padfree_cells", "closure")
+    for ours, word in _WORDS.items():
+        text = text.replace(ours, word)
     raise LockedStateError(
         f"`{text}` is baked into the converted forward of {type(module).__name__} as {was!r} and is {now!r} now; "
         "set it back, or change it on the original model and convert again"

@@ -227,14 +227,20 @@ class Surgeon:
     def operations(self) -> tuple[Operation, ...]:
         """Everything collected: attributes and children first, then forwards, then seals of ancestors."""
         found = list(self._operations)
+        inner: list[str] = []  # ends of chains that lie in containers which the block's forward takes apart
         for path, edit in self._blocks.items():
             locked = self._lasting(edit)
             watches = any(is_watched(name) for name, _ in locked)
             source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags, watches)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             ends = edit.ends()
-            found.append(Reforward(path, source, names, (*locked, (SEALED, ends)) if ends else locked))
+            own = tuple(name for name in ends if "." not in name)
+            found.append(Reforward(path, source, names, (*locked, (SEALED, own)) if own else locked))
+            inner += [f"{path}.{name}".removeprefix(".") for name in ends if "." in name]
         found += self._seals({op.path for op in found if isinstance(op, Reforward)})
+        for holder in dict.fromkeys(name.rpartition(".")[0] for name in inner):
+            ends = tuple(name[len(holder) + 1 :] for name in inner if name.rpartition(".")[0] == holder)
+            found.append(Seal(holder, ends))
         return tuple(found)
 
     def _lasting(self, edit: BlockEdit) -> Locked:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import inspect
 import operator
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.node import map_aggregate
 
 from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
@@ -31,7 +33,7 @@ from padfree.rewrite.hints import parameter_types, without_none
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
 from padfree.rewrite.reads import watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
-from padfree.rewrite.spy import Locked, Spy
+from padfree.rewrite.spy import OPAQUE, Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
 
 
@@ -117,6 +119,7 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
     read_live = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
     locked = tuple(item for item in spy.locked() if item[0] not in read_live)
+    locked += tuple((name, OPAQUE) for name in sorted(spy.methods))  # an instance may be given its own
     locked += watched(module, {k: v for k, v in spy.reads.items() if k not in read_live}, called | read_live)
     return TracedBlock(call.path, flags, tuple(bodies), locked)
 
@@ -294,7 +297,14 @@ def _trace_once(spy: Spy, call: Call, training: bool, where: str) -> fx.Graph:
         hint = hints.get(node.target) if node.op == "placeholder" else None
         given = holds_tensor((tracer.arguments.get(node.target),)) and not node.args
         node.type = without_none(hint) if given else hint
+        node.args, node.kwargs = map_aggregate(node.args, _plain), map_aggregate(node.kwargs, _plain)
     return graph
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as one of Python's, which generated code can be written with."""
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
 def _helpers(module: nn.Module) -> tuple[Callable[..., Any], ...]:

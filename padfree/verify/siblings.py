@@ -1,6 +1,7 @@
 """Whether the methods that a network offers beside `forward` still give what its forward gives.
 
-`forward_intermediates`, `forward_head` and their like run code of their own over the same children: past the forwards
+`forward_intermediates`, `forward_head` and their like, and all methods of a module whose own forward was rewritten that
+name its children and take what the forward takes, run code of their own over the same children: past the forwards
 that the conversion generated, or with sizes that it changed. Each is run on weightless tensors, and values are told by
 how they were computed: operations, their arguments and the weights they read, views left out. A method agrees when
 
@@ -8,7 +9,8 @@ how they were computed: operations, their arguments and the weights they read, v
 2. it returns as many tensors, of as many channels;
 3. where it returned a value of the original forward, it returns what the converted forward has in that value's place:
    what the same modules read, or else what the same module returns;
-4. where it made something else of values of the forward, it computes what is in their places now.
+4. where it made something else of values of the forward, it computes what is in their places now;
+5. beside the convolutions that it runs on what the forward runs them on, it runs the max-pools that the forward does.
 
 A method that the forward itself calls is the forward.
 """
@@ -30,11 +32,15 @@ from padfree.record.copies import full_copy
 from padfree.record.recorder import NO_OP, Op, Recorder, Value
 from padfree.record.recording import Call, Recording, record
 from padfree.record.trees import Ref, first_line, storage, tensors
+from padfree.rewrite.effects import methods_naming
+from padfree.rewrite.forward import has_generated_forward, original_class
 from padfree.rewrite.operations import Refuse
 from padfree.rewrite.refusing import refused_methods
 
 _NAMED = ("get_intermediate_layers",)
 _PREFIX = "forward_"
+_ACTING = frozenset({"backward", "step", "zero_grad", "save", "open", "print", "log", "write"})
+"""What a method that does more than compute is written with; it is not run."""
 _FEATURES, _HEAD = "forward_features", "forward_head"
 
 
@@ -62,6 +68,9 @@ def disagreeing(before: Recording, converted: nn.Module) -> tuple[Refuse, ...]:
 def _methods(module: nn.Module) -> list[str]:
     kind = type(module)
     offered = [name for name in dir(kind) if name.startswith(_PREFIX) or name in _NAMED]
+    if has_generated_forward(module):
+        found = methods_naming(original_class(module), module._modules, but=_ACTING)
+        offered += [name for name, _ in found if name not in offered]
     refused = dict(refused_methods(kind))
     return [name for name in offered if inspect.isfunction(inspect.getattr_static(kind, name)) and name not in refused]
 
@@ -120,7 +129,21 @@ class _Pair:
             return f"it returns {len(now.returned)} tensors instead of {len(was.returned)}"
         pairs = enumerate(zip(was.returned, now.returned, strict=True))
         reasons = ((index, self._compared(was, now, *pair)) for index, pair in pairs)
-        return next((f"tensor {index} that it returns {why}" for index, why in reasons if why), "")
+        found = next((f"tensor {index} that it returns {why}" for index, why in reasons if why), "")
+        return found or ("it runs past a max-pool of the forward" if self._lost_pool(now) else "")
+
+    def _lost_pool(self, now: _Run) -> bool:
+        """Whether a method runs a convolution of the forward, on what that runs it on, without the max-pool beside."""
+        assert self._after is not None
+        recording, prints = self._after, self._prints_after
+        wanted: dict[int, set[int]] = {}
+        for op in recording.ops:
+            if op.kind == "convolution":
+                readers = (recording.ops[reader] for reader in recording.consumers.get(op.inputs[0], ()))
+                pools = {prints[pool.outputs[0]] for pool in readers if "max_pool" in pool.kind}
+                wanted.setdefault(prints[op.outputs[0]], set()).update(pools)
+        made = set(now.prints)
+        return any(not pools <= made for conv, pools in wanted.items() if conv in made)
 
     def _compared(self, was: _Run, now: _Run, old: Value, new: Value) -> str:
         how = was.prints[old.index]
@@ -147,7 +170,7 @@ class _Pair:
         if self._path:
             before = record(self._original, like=replace(before, example=self._example))
         assert self._after is not None
-        was, now = (_prints(part.values, part.ops, part.inputs) for part in (before, self._after))
+        was, now = _prints(before.values, before.ops, before.inputs), self._prints_after
         places: dict[int, set[int]] = {was[value.index]: set() for value in before.values if value.live}
         there = dict(_numbered(self._after.calls))
         pairs = [(call, there[key]) for key, call in _numbered(before.calls) if key in there]
@@ -159,6 +182,11 @@ class _Pair:
                 if not places.setdefault(was[value], set()):
                     places[was[value]].add(now[instead])
         return places
+
+    @functools.cached_property
+    def _prints_after(self) -> list[int]:
+        assert self._after is not None
+        return _prints(self._after.values, self._after.ops, self._after.inputs)
 
     def _noted_forward(self) -> Recording | None:
         module = self._converted

@@ -8,9 +8,11 @@ import dataclasses
 import enum
 import pickle
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -188,6 +190,62 @@ class ByHelper(Block):
         return scaled(self.body(x))
 
 
+class ByCall(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.cfg()
+
+
+class ByObjectsMethod(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.cfg.now()
+
+
+class ByReference(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.cfg().scale
+
+
+class ByFunction(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cfg["act"](self.bn(self.conv(x)))
+
+
+class ByObjectsFunction(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cfg.act(self.bn(self.conv(x)))
+
+
+class ByArray(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * float(self.cfg[0])
+
+
+class ByMade(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return MADE(self.body(x))
+
+
+class Schedule:
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def __call__(self) -> float:
+        return self.value
+
+    def now(self) -> float:
+        return self.value
+
+
+def times(scale: float) -> Callable[[Tensor], Tensor]:
+    def made(x: Tensor) -> Tensor:
+        return x * scale
+
+    return made
+
+
+MADE: Any = times(1.0)
+
+
 class ByChild(Block):
     def __init__(self, cfg: Any = None) -> None:
         super().__init__(cfg)
@@ -254,6 +312,12 @@ CASES: dict[str, tuple[Callable[[], Block], Callable[[Any], None]]] = {
     "global table": (ByGlobalTable, lambda block: TABLE.__setitem__("scale", 3.0)),
     "global space": (ByGlobalSpace, lambda block: setattr(SPACE.inner, "scale", 3.0)),
     "child": (ByChild, set_on("drop.p", 0.5)),
+    "callable": (lambda: ByCall(Schedule()), set_on("cfg.value")),
+    "method of an object": (lambda: ByObjectsMethod(Schedule()), set_on("cfg.value")),
+    "function in dict": (lambda: ByFunction({"act": F.relu}), put("act", F.silu)),
+    "function in namespace": (lambda: ByObjectsFunction(types.SimpleNamespace(act=F.relu)), set_on("cfg.act", F.silu)),
+    "array": (lambda: ByArray(np.array([1.0, 2.0])), put(0)),
+    "function made by a function": (ByMade, lambda block: setattr(MADE.__closure__[0], "cell_contents", 3.0)),
 }
 
 
@@ -262,6 +326,7 @@ def put_back() -> Any:
     torch.compiler.reset()
     yield
     globals()["SCALE"] = Block.alpha = Block.sizes[0] = TABLE["scale"] = SPACE.inner.scale = 1.0
+    MADE.__closure__[0].cell_contents = 1.0
     for kind in (ByClass, ByClassName):
         if "alpha" in vars(kind):
             del kind.alpha
@@ -294,6 +359,38 @@ def test_values_are_looked_at_under_compilers(case: str) -> None:
     change(made.block)
     with pytest.raises(Exception):  # noqa: B017 - the compiler wraps it in one of its own
         compiled(images())
+
+
+def test_a_config_that_a_weak_reference_leads_to() -> None:
+    config = Config()
+    made: Any = convert(Net(ByReference(weakref.ref(config)))).eval()
+    made(images())
+    config.scale = 3.0
+    with pytest.raises(LockedStateError, match="scale"):
+        made(images())
+
+
+def test_a_variable_that_a_function_of_an_attribute_closes_over() -> None:
+    held = {"scale": 1.0}
+    made: Any = convert(Net(ByCall(lambda: held["scale"]))).eval()
+    made(images())
+    held["scale"] = 3.0
+    with pytest.raises(LockedStateError, match="scale"):
+        made(images())
+
+
+def test_a_method_that_a_forward_calls_cannot_be_given_to_the_instance() -> None:
+    made: Any = convert(Net(ByAttribute(Config()))).eval()
+    with pytest.raises(LockedStateError, match="body"):
+        made.block.body = lambda x: x
+
+
+def test_numbers_of_numpy() -> None:
+    net = Net(ByIndex([np.float64(3.0)]))
+    made, plain = (convert(each).eval() for each in (net, copy.deepcopy(net)))
+    plain = convert(Net(ByIndex([1.0]))).eval()
+    plain.load_state_dict(made.state_dict())
+    assert_close(made(images()), 3 * plain(images()))
 
 
 def test_other_values_may_change() -> None:
@@ -333,6 +430,76 @@ class Layered(Unit):
         for layer in self.more.values() if isinstance(self.more, nn.ModuleDict) else self.more:
             y = layer(y)
         return y
+
+
+class Optional(Unit):
+    """What may be there and is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("after", None)
+        self.register_parameter("gain", None)
+        self.register_buffer("shift", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn(self.conv(x)))
+        y = y if self.after is None else self.after(y)
+        y = y if self.gain is None else y * self.gain
+        y = y if self.shift is None else y + self.shift
+        return self.late(y) if hasattr(self, "late") else y
+
+
+class Walking(Unit):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Multiplied(Unit):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([torch.ones(1, 8, 1, 1)])
+        self.named = nn.ParameterDict({"a": torch.ones(1, 8, 1, 1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn(self.conv(x)))
+        for gain in (*self.gains, *self.named.values()):
+            y = y * gain
+        return y
+
+
+GAIN = nn.Parameter(torch.full((1, 8, 1, 1), 3.0))
+ADDITIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "set": (Optional, lambda block: setattr(block, "after", nn.ReLU())),
+    "add": (Optional, lambda block: block.add_module("after", nn.ReLU())),
+    "register": (Optional, lambda block: block.register_module("late", nn.ReLU())),
+    "parameter": (Optional, lambda block: block.register_parameter("gain", GAIN)),
+    "buffer": (Optional, lambda block: block.register_buffer("shift", tensor=torch.ones(1))),
+    "walk": (Walking, lambda block: setattr(block, "last", nn.ReLU())),
+    "walk, less": (Walking, lambda block: delattr(block, "act")),
+    "parameters": (Multiplied, lambda block: block.gains.append(GAIN)),
+    "parameters by name": (Multiplied, lambda block: block.named.update({"b": GAIN})),
+}
+
+
+@pytest.mark.parametrize("addition", ADDITIONS)
+def test_what_is_added_is_not_ignored(addition: str) -> None:
+    make, add = ADDITIONS[addition]
+    made: Any = convert(Net(make())).eval()
+    made(images())
+    with pytest.raises(LockedStateError, match="baked into the converted forward"):
+        add(made.block)
+        made(images())
+
+
+def test_a_sequential_counts_its_children() -> None:
+    made: Any = convert(nn.Sequential(*Net(Unit()).children(), *Unit().children())).eval()
+    before = made(images())
+    assert_close(torch.compile(made, fullgraph=True, backend="eager")(images()), before)
+    made.add_module("last", nn.ReLU())
+    with pytest.raises(LockedStateError, match="number of its children"):
+        made(images())
 
 
 class Keyed(Layered):

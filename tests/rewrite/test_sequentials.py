@@ -247,3 +247,93 @@ def test_children_of_a_block_with_a_forward_of_its_own() -> None:
     made: Any = convert(Net(Unit())).eval()
     with pytest.raises(padfree.PadfreeError, match="as a whole"):
         loop(made.block.children(), made.stem(images()))
+
+
+class Listed(nn.Module):
+    """Its forward takes a container apart."""
+
+    def __init__(self, container: Callable[[list[nn.Module]], nn.Module]) -> None:
+        super().__init__()
+        self.layers = container(list(flat())[:8])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values() if isinstance(self.layers, nn.ModuleDict) else self.layers:
+            x = layer(x)
+        return x
+
+
+class OwnList(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        return loop(self, x)
+
+
+class OwnDict(nn.ModuleDict):
+    def forward(self, x: Tensor) -> Tensor:
+        return loop(self.values(), x)
+
+
+def in_dict(layers: list[nn.Module]) -> nn.ModuleDict:
+    return nn.ModuleDict({f"layer{index}": layer for index, layer in enumerate(layers)})
+
+
+def values(container: Any, x: Tensor) -> Tensor:
+    return loop(container.values() if isinstance(container, nn.ModuleDict) else container[:], x)
+
+
+def by_items(container: Any, x: Tensor) -> Tensor:
+    pairs = container.items() if isinstance(container, nn.ModuleDict) else enumerate(container)
+    return loop([layer for _, layer in pairs], x)
+
+
+def by_keys(container: Any, x: Tensor) -> Tensor:
+    keys = list(container) if isinstance(container, nn.ModuleDict) else range(len(container))
+    return loop([container[key] for key in keys], x)
+
+
+def called(container: Any, x: Tensor) -> Tensor:
+    return (
+        nn.Sequential.forward(container, x) if isinstance(container, nn.Sequential) else loop(container.children(), x)
+    )
+
+
+def popped(container: Any, x: Tensor) -> Tensor:
+    twin = copy.deepcopy(container)
+    return loop([twin.pop("layer5" if isinstance(twin, nn.ModuleDict) else 5)], x)
+
+
+BUILD: dict[str, Callable[[], nn.Module]] = {
+    "list": lambda: Listed(nn.ModuleList),
+    "dict": lambda: Listed(in_dict),
+    "sequential": lambda: Listed(lambda layers: nn.Sequential(*layers)),
+    "list with a forward": lambda: OwnList(list(flat())[:8]),
+    "dict with a forward": lambda: OwnDict(in_dict(list(flat())[:8]).items()),
+}
+
+
+@pytest.mark.parametrize("build", BUILD)
+@pytest.mark.parametrize("form", ["converted", "fused"])
+def test_containers_that_a_forward_takes_apart_lose_no_shortcut(build: str, form: str) -> None:
+    made: Any = convert(BUILD[build](), size=SIZE).eval()
+    x = images(side=32)
+    wanted = made(x)
+    if form == "fused":
+        made = padfree.fuse(made, input_size=SIZE)
+    container = made.layers if isinstance(made, Listed) else made
+    assert_close(made(x), wanted, rtol=1e-4, atol=1e-5)
+    for use in (values, by_items, by_keys, called, popped):
+        with pytest.raises(padfree.PadfreeError):
+            use(container, x)
+    for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+        assert_close(twin(x), made(x))
+        assert len(twin.layers if isinstance(twin, Listed) else twin) == 8
+
+
+def test_compilers_take_such_containers_as_they_are() -> None:
+    torch.compiler.reset()
+    made = convert(Listed(nn.ModuleList), size=SIZE).eval()
+    x = images(side=32)
+    wanted = made(x)
+    assert_close(torch.compile(made, fullgraph=True, backend="eager")(x), wanted)
+    assert_close(torch.export.export(made, (x,)).module()(x), wanted)
+    assert_close(torch.jit.script(made)(x), wanted)
+    assert_close(torch.fx.symbolic_trace(made)(x), wanted)

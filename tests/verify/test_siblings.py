@@ -192,3 +192,104 @@ def test_a_side_worked_out_wrongly_shows_in_the_channels() -> None:
 def test_a_head_alone_is_compared_behind_the_features() -> None:
     recording = record(Headed().eval(), SIZE)
     assert disagreeing(recording, Headed().eval().to("meta")) == ()
+
+
+ACTED: list[str] = []
+
+
+class Embedding(Block):
+    """Methods of any name that run the layers of a forward anew; only parts of them may be asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.act(self.conv(x)))
+        return out * 2
+
+    def embed(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.act(self.conv(x)))
+        return out
+
+    def energy(self, x: Tensor) -> Tensor:
+        return torch.relu(self.act(self.conv(x))).square()
+
+    def normalise(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x)
+        return out
+
+    def learn(self, x: Tensor) -> Tensor:
+        ACTED.append("learn")
+        out: Tensor = self.norm(self.act(self.conv(x)))
+        out.sum().backward()
+        return out
+
+    def noise(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(torch.randn_like(x)) + torch.rand(1)
+        return out
+
+    def weigh(self) -> Tensor:
+        return self.conv.weight.square().sum()
+
+    def score(self, x: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self(x), labels)
+
+    @property
+    def width(self) -> int:
+        return self.conv.out_channels
+
+
+class Embedded(Network):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Embedding()
+
+
+def test_methods_of_any_name_over_the_children_of_a_rewritten_block() -> None:
+    model = Embedded().eval()
+    state = torch.get_rng_state()
+    plan = padfree.plan(model, input_size=SIZE)
+    assert torch.equal(state, torch.get_rng_state()) and not ACTED
+    made: Any = plan.apply(model).eval()
+    block, x = made.block, torch.randn(2, 8, 32, 32)
+    for twin in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        for name in ("embed", "energy"):
+            with pytest.raises(SiblingError, match=name):
+                getattr(twin, name)(x)
+        assert twin.width == 8 and twin.weigh() > 0 and twin.score(x, twin(x)) == 0
+        assert torch.equal(twin.normalise(x), twin.norm(x))
+    plain = Embedding().eval()
+    assert torch.equal(plain.embed(x) * 2, plain(x))
+
+
+class Strided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = unit(3, 8)
+        self.dw, self.norm = nn.Conv2d(8, 8, 3, 2, 1, groups=8, bias=False), nn.BatchNorm2d(8)
+        self.point, self.head = nn.Conv2d(8, 16, 1), nn.Linear(16, 4)
+
+    def embed(self, x: Tensor) -> Tensor:
+        out: Tensor = self.point(torch.relu(self.norm(self.dw(self.stem(x)))))
+        return out
+
+    def classify(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.point(torch.relu(self.norm(self.dw(self.stem(x))))).mean((2, 3)))
+        return out
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_fused_network_has_no_methods_over_layers_that_are_gone(first: bool) -> None:
+    x = torch.randn(2, *SIZE)
+    made: Any = converted(Strided).eval() if first else Strided().eval()
+    fused = padfree.fuse(made, input_size=SIZE)
+    wanted = made(x)
+    for twin in (fused, pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(twin(x), wanted)
+        if first:
+            with pytest.raises(SiblingError, match="embed"):
+                twin.embed(x)
+        else:
+            torch.testing.assert_close(twin.classify(twin.embed(x).mean((2, 3))), wanted)
+        assert twin.classify(torch.ones(1, 16)).shape == (1, 4)
