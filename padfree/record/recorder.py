@@ -104,7 +104,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in POOLS:  # torch's max-pool, by whichever operator
             kind, described = "max_pool2d_with_indices", ((args[0], *((side, side) for side in args[1:])), {})
         frozen = freeze(described, self.value)
-        result = quick_meta(func, args)
+        result = None if kwargs else quick_meta(func, args)
         if result is None:
             result = func(*args, **kwargs)
         if (
