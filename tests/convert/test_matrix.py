@@ -125,9 +125,8 @@ def _settle_norms(model: nn.Module) -> None:
     "name",
     [
         "repvgg_a0",
-        "repvit_m0_9",
         "fastvit_t8",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("mobileone_s0", "ghostnetv3_050")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("repvit_m0_9", "mobileone_s0", "ghostnetv3_050")),
     ],
 )
 def test_converting_the_training_form_equals_converting_the_fused_form(name: str) -> None:

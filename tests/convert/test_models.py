@@ -135,7 +135,7 @@ def _same_state(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
 
 
 # The fixed sample of `benchmarks.coverage`, which .ci/run measures, has nearly half of them: here they are slow. So are
-# large ones whose kind stands there or here as a smaller network, and the last row, whose kinds the sample has.
+# large ones whose kind stands there or here as a smaller network, and the last rows, whose kinds the sample has.
 LARGE = {
     ("timm", "maxvit_rmlp_pico_rw_256"), ("timm", "tiny_vit_5m_224"), ("timm", "vitamin_small_224"),
     ("timm", "nf_regnet_b0"), ("timm", "seresnext26d_32x4d"), ("timm", "efficientnetv2_rw_t"),
@@ -143,7 +143,8 @@ LARGE = {
     ("torchvision", "densenet121"), ("torchvision", "efficientnet_v2_s"), ("torchvision", "efficientnet_b0"),
     ("timm", "mobilenetv2_050"), ("timm", "mobilenetv3_rw"), ("timm", "mobilenet_edgetpu_v2_xs"),
     ("timm", "semnasnet_075"), ("timm", "hardcorenas_a"), ("torchvision", "regnet_x_400mf"),
-    ("torchvision", "mobilenet_v3_large"),
+    ("torchvision", "mobilenet_v3_large"), ("timm", "levit_conv_128s"), ("timm", "skresnet18"),
+    ("timm", "selecsls42"), ("timm", "mambaout_femto"), ("torchvision", "googlenet"),
 }  # fmt: skip
 SWEPT = {(library, name) for library, _, name in (source.partition(":") for source in SAMPLE)}
 
