@@ -138,7 +138,7 @@ class _Pair:
         recording, prints = self._after, self._prints_after
         wanted: dict[int, set[int]] = {}
         for op in recording.ops:
-            if op.kind == "convolution":
+            if op.kind == "convolution" and op.inputs:  # else of what no image is in: a position encoding
                 readers = (recording.ops[reader] for reader in recording.consumers.get(op.inputs[0], ()))
                 pools = {prints[pool.outputs[0]] for pool in readers if "max_pool" in pool.kind}
                 wanted.setdefault(prints[op.outputs[0]], set()).update(pools)

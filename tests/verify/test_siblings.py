@@ -293,3 +293,25 @@ def test_a_fused_network_has_no_methods_over_layers_that_are_gone(first: bool) -
         else:
             torch.testing.assert_close(twin.classify(twin.embed(x).mean((2, 3))), wanted)
         assert twin.classify(torch.ones(1, 16)).shape == (1, 4)
+
+
+class Positioned(Block):
+    """A convolution of the forward reads nothing that is made of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Conv2d(1, 8, 1)
+        self.register_buffer("place", torch.ones(1, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.encode(self.place)
+
+
+def test_a_convolution_of_no_image_has_no_pool_beside_it() -> None:
+    model: Any = Network()
+    model.block = Positioned()
+    made: Any = padfree.convert(model, input_size=SIZE).eval()
+    x = torch.randn(2, 8, 32, 32)
+    assert made.block(x).shape == (2, 8, 15, 15)
+    with pytest.raises(SiblingError, match="forward_tap"):
+        made.block.forward_tap(x)
