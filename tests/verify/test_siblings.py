@@ -306,6 +306,9 @@ class Positioned(Block):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.encode(self.place)
 
+    def forward_whole(self, x: Tensor) -> Tensor:
+        return self(x)
+
 
 def test_a_convolution_of_no_image_has_no_pool_beside_it() -> None:
     model: Any = Network()
@@ -315,3 +318,4 @@ def test_a_convolution_of_no_image_has_no_pool_beside_it() -> None:
     assert made.block(x).shape == (2, 8, 15, 15)
     with pytest.raises(SiblingError, match="forward_tap"):
         made.block.forward_tap(x)
+    assert torch.equal(made.block.forward_whole(x), made.block(x))
