@@ -313,6 +313,42 @@ def test_it_is_frozen(pair):
     assert not any(module.training for module in fused.modules())
 
 
+class Folding(nn.Module):
+    """With a fusing method of its own, which would fold what `padfree.fuse` has folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.down = nn.Sequential(nn.Conv2d(8, 8, 3, 2, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+    def forward(self, x):
+        return self.down(self.norm(self.conv(x)))
+
+    def fuse(self, verbose=True):
+        self.conv, self.norm = torch.nn.utils.fuse_conv_bn_eval(self.conv, self.norm), nn.Identity()
+
+
+class Computing(Folding):
+    """One of whose methods has the name of a fusing method, and computes."""
+
+    def forward(self, x):
+        return self.merge_bn(super().forward(x), 2)
+
+    def merge_bn(self, x, factor):
+        return x * factor
+
+
+@pytest.mark.parametrize("kind", [Folding, Computing])
+def test_fusing_methods_of_a_fused_network_have_nothing_left_to_do(kind):
+    model = Computing() if kind is Computing else padfree.convert(Folding(), input_size=(3, 64, 64))
+    fused = padfree.fuse(drawn(model), input_size=(3, 64, 64))
+    with torch.no_grad():
+        expected = fused(image(64))
+        for module in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert module.fuse(verbose=False) is module
+            assert_close(module(image(64)), expected, rtol=0, atol=0)
+
+
 def test_it_takes_no_gradients(pair):
     with pytest.raises(RuntimeError, match="for inference"):
         pair[1](image(64).requires_grad_())
