@@ -18,11 +18,15 @@ from padfree.types import NEW
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def old_names(container: nn.Module) -> list[str]:
+    """The names of a container's old children."""
+    return [name for name in container._modules if not name.startswith(NEW)]
+
+
 def shown(container: nn.Module, ends: tuple[str, ...]) -> dict[str, nn.Module]:
     """The old children of a container by name, views in the place of those at `ends`."""
     children: dict[str, Any] = container._modules
-    old = {name: child for name, child in children.items() if not name.startswith(NEW)}
-    return {name: view(child) if name in ends else child for name, child in old.items()}
+    return {name: view(children[name]) if name in ends else children[name] for name in old_names(container)}
 
 
 def container_members(base: type[nn.Module], ends: tuple[str, ...]) -> dict[str, Any]:
@@ -37,7 +41,7 @@ def container_members(base: type[nn.Module], ends: tuple[str, ...]) -> dict[str,
         return {}
 
     def __len__(self: nn.Module) -> int:
-        return len(shown(self, ends))
+        return len(old_names(self))  # a generated forward asks, also compiled, where no view may be made
 
     def in_order(self: nn.Module) -> Iterator[nn.Module]:
         return iter(shown(self, ends).values())
@@ -51,10 +55,10 @@ def container_members(base: type[nn.Module], ends: tuple[str, ...]) -> dict[str,
         return found
 
     def names(self: nn.Module) -> Iterator[str]:
-        return iter(shown(self, ends))
+        return iter(old_names(self))
 
     def keys(self: nn.Module) -> KeysView[str]:
-        return shown(self, ends).keys()
+        return dict.fromkeys(old_names(self)).keys()
 
     def values(self: nn.Module) -> ValuesView[nn.Module]:
         return shown(self, ends).values()

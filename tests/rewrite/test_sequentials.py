@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import pickle
 from collections.abc import Callable
@@ -331,7 +330,6 @@ def test_containers_that_a_forward_takes_apart_lose_no_shortcut(build: str, form
 
 def test_compilers_take_such_containers_as_they_are() -> None:
     torch.compiler.reset()
-    gc.collect()  # a view of another network that goes while this one is compiled makes torch's guards miscount
     made = convert(Listed(nn.ModuleList), size=SIZE).eval()
     x = images(side=32)
     wanted = made(x)
