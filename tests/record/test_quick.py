@@ -104,6 +104,8 @@ def test_means_are_laid_out_as_torchs(axes: tuple[int, ...], keep: bool, memory_
 
 def test_what_counts_stays_what_it_is() -> None:
     counter = torch.zeros((), dtype=torch.int64, device="meta")
+    assert quick_meta(torch.ops.aten.add_.Tensor, (counter, 1)) is counter
+    assert quick_meta(torch.ops.aten.add_.Tensor, (counter, 1.5)) is None
     with QuickMeta():
         assert counter.add_(1) is counter
         with pytest.raises(RuntimeError):
