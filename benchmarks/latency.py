@@ -35,7 +35,6 @@ PAPER = ("mobilenetv3-large", "ghostnet", "shufflenetv2-x1.0", "parc-mobilenetv2
 NETWORKS = (*PAPER, "resnet20", "efficientnet_b0", "resnet50")
 SIDES = (32, 224)
 BATCHES = {32: (1, 32), 224: (1, 8)}
-DOWNSAMPLING = ("depthwise", "dense", "projection")  # rules: all but the stem's
 RUNTIMES = ("eager", "eager channels_last", "compile", "onnxruntime")
 Call = Callable[[], object]
 
@@ -61,8 +60,9 @@ def build(name: str, side: int, variant: str = "padfree") -> tuple[nn.Module, nn
         name = f"timm:{name}"
     if ":" in name:
         try:
-            original = Source.from_dict(name).create().eval()
-            rules = None if variant == "padfree" else DOWNSAMPLING
+            original, rules = Source.from_dict(name).create().eval(), None
+            if variant != "padfree":
+                from padfree.recipes.variants import DOWNSAMPLING as rules
             return original, padfree.convert(original, rules=rules, input_size=(3, side, side)).eval()
         except padfree.PadfreeError as error:  # no such model, or none that such an image fits into
             raise NotHere(str(error)) from error

@@ -16,6 +16,7 @@ from torch import fx, nn
 from padfree.deploy.branches import Branches, merged
 from padfree.deploy.chains import StridedChain
 from padfree.deploy.operations import Operations
+from padfree.deploy.passing import passes_on, without_identities
 from padfree.deploy.readers import Parameters, hooked
 from padfree.errors import Refusal
 from padfree.indices import OpId, ValueId
@@ -31,7 +32,6 @@ from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
 
 Found = StridedChain | Branches
-_PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 
 
 class Carrier:
@@ -267,33 +267,35 @@ class Carrier:
     def _finish(self, path: str, edit: BlockEdit) -> None:
         """Give a block the forward of its edited graph."""
         module, graph = self._modules[path], edit.traced.bodies[0].graph
-        _without_identities(graph, module)
+        without_identities(graph, module)
         below = f"{path}." if path else ""
         gone = [inner.removeprefix(below) for inner in self._gone if inner.startswith(below)]
         recipe = getattr(type(module), "_padfree_recipe", None)
         locked = (dict(recipe[2]) if recipe else {}) | dict(edit.traced.locked)
         texts = [access(inner) for inner in gone]
         locked = {name: value for name, value in locked.items() if not any(text in name for text in texts)}
-        # called one after another, the children give what the block gives no more
-        traced = self._traced[path]
-        assert isinstance(traced, TracedBlock)
-        called = {str(node.target) for node in traced.bodies[0].graph.nodes if node.op == "call_module"}
-        ends = {next((t for t in called if f"{inner}.".startswith(f"{t}.")), inner.partition(".")[0]) for inner in gone}
+        ends = self._ends(path, gone)
         locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(end for end in ends if "." not in end)}))
         source, names = graph_source([graph], checked=any(map(is_watched, locked)))
         base = original_class(module)
         kind = rewritten_class(base, source, names, tuple(sorted(locked.items())))
-        first = {end.partition(".")[0] for end in ends}
-        named = methods_naming(base, sorted(first))
-        bypassing = {name: f"it calls `{child}`, which is merged with others now" for name, child in named}
-        bypassing = {name: why for name, why in bypassing.items() if name not in FUSERS}
-        refused = {**bypassing, **dict(refused_methods(type(module)))}
+        named = methods_naming(base, sorted({end.partition(".")[0] for end in ends}))
+        merged = {
+            name: f"it calls `{end}`, which is merged with others now" for name, end in named if name not in FUSERS
+        }
+        refused = {**merged, **dict(refused_methods(type(module)))}
         set_class(module, refusing_class(kind, tuple(refused.items())) if refused else kind)
-        for end in ends:
-            holder, _, name = end.rpartition(".")
+        for holder, _, name in (end.rpartition(".") for end in ends):
             if holder:  # a container that the forward takes apart
                 container = self._modules[f"{below}{holder}"]
                 set_class(container, sealing_class(container, (name,)))
+
+    def _ends(self, path: str, gone: list[str]) -> set[str]:
+        """The children that a block called before they were merged: one after another they give the same no more."""
+        traced = self._traced[path]
+        assert isinstance(traced, TracedBlock)
+        called = {str(node.target) for node in traced.bodies[0].graph.nodes if node.op == "call_module"}
+        return {next((t for t in called if f"{inner}.".startswith(f"{t}.")), inner.partition(".")[0]) for inner in gone}
 
 
 def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, nn.Module], path: str) -> None:
@@ -308,7 +310,7 @@ def _cut(edit: BlockEdit, ops: set[OpId], layer: nn.Module, modules: dict[str, n
     first, last = nodes[0], anchors[max(ops)]
     inner = set(nodes) - {last}
     for node in order:  # an identity between two parts
-        if _passes(node, path, modules) and not inner.isdisjoint(node.all_input_nodes):
+        if passes_on(node, path, modules) and not inner.isdisjoint(node.all_input_nodes):
             inner.add(node)
     if any(user not in inner and user is not last for node in inner for user in node.users):
         raise Refusal("something else in the forward depends on what it makes on the way")
@@ -331,22 +333,3 @@ def _under(node: fx.Node, paths: list[str], block: str) -> bool:
 
 def _stateless(module: nn.Module) -> bool:
     return not any(True for _ in (*module.parameters(), *module.buffers()))
-
-
-def _passes(node: fx.Node, path: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node only passes on what it is given, unseen: an identity without hooks."""
-    if node.op != "call_module":
-        return False
-    child = modules.get(f"{path}.{node.target}" if path else str(node.target))
-    return child is not None and type(child) in _PASSING and not hooked(child)
-
-
-def _without_identities(graph: fx.Graph, module: nn.Module) -> None:
-    """Drop calls that only pass on what they are given, in eval mode, and tensors that nothing uses."""
-    modules = dict(module.named_modules())
-    for node in list(graph.nodes):
-        if _passes(node, "", modules) and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-        elif node.op == "get_attr" and not node.users:
-            graph.erase_node(node)
