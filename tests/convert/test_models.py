@@ -145,6 +145,9 @@ LARGE = {
     ("timm", "semnasnet_075"), ("timm", "hardcorenas_a"), ("torchvision", "regnet_x_400mf"),
     ("torchvision", "mobilenet_v3_large"), ("timm", "levit_conv_128s"), ("timm", "skresnet18"),
     ("timm", "selecsls42"), ("timm", "mambaout_femto"), ("torchvision", "googlenet"),
+    ("timm", "mobileone_s0"), ("timm", "mobilevit_xxs"),
+    ("bsconv", "cifar_mobilenetv1_w1d4"), ("bsconv", "cifar_mobilenetv2_w1d4"), ("bsconv", "cifar_wrn16_1"),
+    ("bsconv", "cifar_mobilenetv3_small_w1"), ("bsconv", "resnet10"), ("bsconv", "mobilenetv3_small_w7d20"),
 }  # fmt: skip
 SWEPT = {(library, name) for library, _, name in (source.partition(":") for source in SAMPLE)}
 

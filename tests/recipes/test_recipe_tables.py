@@ -26,7 +26,10 @@ def test_the_tables_are_those_of_the_documents() -> None:
     assert sum(MAIN.values()) == 34
 
 
-@pytest.mark.parametrize("table", [*MAIN, *OTHERS])
+@pytest.mark.parametrize(
+    "table",
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "cifar100-ablation" else []) for name in (*MAIN, *OTHERS)],
+)
 def test_no_row_of_a_table_is_off_and_reference_figures_are_met_exactly(table: str) -> None:
     """The table's own verdict is not trusted for the paper's rows: the figures are compared once more, plainly."""
     found = measured_lines(table)
@@ -43,6 +46,13 @@ def test_no_row_of_a_table_is_off_and_reference_figures_are_met_exactly(table: s
         else:
             assert measured["conv_linear"] == reference["conv_linear"]
             assert measured["flops"] == pytest.approx(reference["flops"], rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3-large", "parc-mobilenetv2"])
+def test_a_network_of_the_ablation(name: str) -> None:
+    found = tuple(recipe_lines(load(f"cifar100-ablation/{name}")))
+    assert [line.off for line in found] == [()] * 4
+    stem_and_downsampling_add_up(found)
 
 
 def stem_and_downsampling_add_up(found: tuple[Line, ...]) -> None:
