@@ -64,10 +64,12 @@ class Worker:
         self.pipe.send(name)
 
     def stop(self) -> None:
-        """End it, whatever it is doing."""
+        """End it: by itself if it waits for a name, at once if it is at work."""
+        self.pipe.close()
+        if not self.name:
+            self.process.join(STARTING)
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
 
 def _work(pipe: Connection, features: bool) -> None:
