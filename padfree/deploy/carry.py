@@ -24,7 +24,8 @@ from padfree.layers.fused import SETTINGS, FusedChain
 from padfree.record.recording import Call, Recording
 from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.effects import methods_naming
-from padfree.rewrite.forward import access, graph_source, original_class, rewritten_class, sealing_class, set_class
+from padfree.rewrite.forward import graph_source, original_class, rewritten_class, sealing_class, set_class
+from padfree.rewrite.reads import without_reads
 from padfree.rewrite.refusing import refused_methods, refusing_class
 from padfree.rewrite.sealed import FUSERS
 from padfree.rewrite.stale import is_watched
@@ -272,8 +273,7 @@ class Carrier:
         gone = [inner.removeprefix(below) for inner in self._gone if inner.startswith(below)]
         recipe = getattr(type(module), "_padfree_recipe", None)
         locked = (dict(recipe[2]) if recipe else {}) | dict(edit.traced.locked)
-        texts = [access(inner) for inner in gone]
-        locked = {name: value for name, value in locked.items() if not any(text in name for text in texts)}
+        locked = without_reads(locked, gone)
         ends = self._ends(path, gone)
         locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(end for end in ends if "." not in end)}))
         source, names = graph_source([graph], checked=any(map(is_watched, locked)))

@@ -18,6 +18,9 @@ from padfree.deploy.readers import Parameters, hooked
 from padfree.deploy.shuffles import shuffled
 from padfree.indices import ValueId
 from padfree.record.recording import Recording
+from padfree.rewrite.forward import set_class
+from padfree.rewrite.reads import without_reads
+from padfree.rewrite.refusing import relocked_class
 from padfree.types import NEW
 
 # Classes by name, so that timm need not be imported. A subclass may standardise or quantise its weight, so
@@ -113,6 +116,16 @@ def _fold(model: nn.Module, conv_path: str, norm_path: str, order: list[int]) ->
     parent, _, name = norm_path.rpartition(".")
     # Past __setattr__: a generated forward may have locked some of its block's attributes.
     model.get_submodule(parent)._modules[name] = _rest(norm)
+    names = norm_path.split(".")
+    for depth in range(len(names)):  # what a generated forward asked about the norm is answered for good
+        _unlock(model.get_submodule(".".join(names[:depth])), ".".join(names[depth:]))
+
+
+def _unlock(block: nn.Module, path: str) -> None:
+    locked = getattr(type(block), "_padfree_recipe", ("", (), ()))[2]
+    kept = tuple(without_reads(dict(locked), [path]).items())
+    if kept != locked:
+        set_class(block, relocked_class(block, kept))
 
 
 def _is_channels_last(weight: torch.Tensor) -> bool:

@@ -207,8 +207,10 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
     }
     if source:
         members |= _compile(base, source, names)
+        if CHECK in source:
+            members |= check_member(base, dict(locked))
         if locked:
-            members |= check_member(base, dict(locked)) | locking_members(base, dict(locked))
+            members |= locking_members(base, dict(locked))
     ends = tuple(dict(locked).get(SEALED, ()))
     if ends and base.named_children is nn.Module.named_children:
         members |= child_members(ends)

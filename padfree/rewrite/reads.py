@@ -12,17 +12,19 @@ import enum
 import functools
 import inspect
 import itertools
+import re
 import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from padfree.rewrite.asked import Questions
 from padfree.rewrite.effects import is_array
 from padfree.rewrite.forward import Locked, access
 from padfree.rewrite.stale import CHILDREN, FOREIGN, name_of, own_function
@@ -45,6 +47,7 @@ class _Words:
     attributes: set[str] = field(default_factory=set)
     keys: set[Any] = field(default_factory=set)
     variables: dict[str, tuple[str, Any]] = field(default_factory=dict)  # Python text that reads it, by that text
+    questions: Questions = field(default_factory=Questions)
 
 
 def watched(module: nn.Module, reads: Mapping[str, Any], called: set[str]) -> Locked:
@@ -67,19 +70,43 @@ def watched(module: nn.Module, reads: Mapping[str, Any], called: set[str]) -> Lo
         found |= _leaves(text, value, words, STEPS, own)
     if isinstance(module, _CONTAINERS) or _CHILDREN & words.attributes:  # it walks over its own
         found[CHILDREN] = sum(not name.startswith(NEW) for name in module._modules)
-    for path, child in module.named_modules():
-        if path and path.partition(".")[0] in words.attributes and path.count(".") < STEPS:
+        named = set(module._modules)
+    else:
+        named = words.attributes
+    by_name = words.attributes | {str(key) for key in words.keys}
+    layers = [(path, child) for path, child in module.named_modules() if path and path.count(".") < STEPS]
+    asked = ((path, child) for path, child in layers if _first(path) in named)
+    found |= words.questions.answers(
+        (path, child) for path, child in asked if _own(path, called) or by_name.issuperset(path.split("."))
+    )
+    for path, child in layers:
+        if _first(path) in words.attributes:
             found |= _layers(path, child, words, called)
             if isinstance(child, nn.Module) and not isinstance(child, torch.jit.ScriptModule):
                 found |= _attributes(access(path), child, words, 0, own)
-    return tuple(sorted(found.items()))
+    sizes = ("len(", "tuple(")  # first, since the others may read what is not there any more
+    return tuple(sorted(found.items(), key=lambda item: (not item[0].startswith(sizes), item[0])))
+
+
+def _first(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def _own(path: str, called: set[str]) -> bool:
+    """Whether no module is called that this one lies in, whose business it would be."""
+    names = path.split(".")
+    return not any(".".join(names[:depth]) in called for depth in range(1, len(names)))
+
+
+def without_reads(locked: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """What is locked, without what is read of these children, which are others now."""
+    texts = [re.compile(rf"{re.escape(access(path))}(?!\w)") for path in paths]
+    return {name: value for name, value in locked.items() if not any(text.search(name) for text in texts)}
 
 
 def _layers(path: str, child: nn.Module, words: _Words, called: set[str]) -> dict[str, Any]:
     """The length of a container that the forward takes apart, its keys where it walks over them."""
-    names = path.split(".")
-    inside = any(".".join(names[: depth + 1]) in called for depth in range(len(names)))  # a child's own business
-    if not isinstance(child, _CONTAINERS) or inside:
+    if not isinstance(child, _CONTAINERS) or path in called or not _own(path, called):
         return {}
     text = access(path)
     if isinstance(child, (nn.ModuleDict, nn.ParameterDict)):
@@ -208,6 +235,7 @@ def _words(kind: type, reads: Mapping[str, Any]) -> _Words:
             continue
         seen.add(id(function))
         for code in _codes(function.__code__):
+            words.questions.read(function, code)
             words.keys |= {const for const in code.co_consts if type(const) in (str, int)}
             for const in code.co_consts:  # `("a", "b")` to walk over
                 words.keys |= set(const) if isinstance(const, tuple) and all(map(_is_key, const)) else set()
@@ -224,6 +252,7 @@ def _words(kind: type, reads: Mapping[str, Any]) -> _Words:
             if inner and not isinstance(content, types.FunctionType):
                 words.variables[f"{function.__qualname__}:{name}"] = (inner, content)
             waiting.append((content, inner))
+    words.attributes |= words.questions.names
     return words
 
 

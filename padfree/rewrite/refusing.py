@@ -9,7 +9,7 @@ from torch import nn
 
 from padfree.errors import SiblingError
 from padfree.rewrite.classes import quiet_subclass
-from padfree.rewrite.forward import original_class, rebuild, sealed_class
+from padfree.rewrite.forward import Locked, original_class, rebuild, rewritten_class, sealed_class
 
 Refused = tuple[tuple[str, str], ...]  # (method, why)
 _REFUSED = "_padfree_refused"
@@ -37,6 +37,14 @@ def refusing_class(kind: type[nn.Module], methods: Refused) -> type[nn.Module]:
         members |= {_REFUSED: methods, "__reduce_ex__": _reduce}
         found = _CLASSES[inner, methods] = quiet_subclass(inner, members)
     return found
+
+
+def relocked_class(module: nn.Module, locked: Locked) -> type[nn.Module]:
+    """The generated class of a module, which refuses what it refuses, with other locks."""
+    source, names, _ = type(module)._padfree_recipe  # type: ignore[attr-defined]
+    kind = rewritten_class(original_class(module), source, names, locked)
+    refused = refused_methods(type(module))
+    return refusing_class(kind, refused) if refused else kind
 
 
 _CLASSES: weakref.WeakValueDictionary[tuple[type[nn.Module], Refused], type[nn.Module]] = weakref.WeakValueDictionary()

@@ -26,15 +26,13 @@ def is_watched(name: str) -> bool:
 
 
 def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:
-    """The method that compares; none where nothing is watched.
+    """The method that compares.
 
     Args:
         base: the block's original class.
         locked: values by attribute name, or by the Python text that reads them: `self.cfg.scale`.
     """
     texts = [name for name in locked if is_watched(name)]
-    if not texts:
-        return {}
     found = {name for text in texts for name in _MODULES.findall(text)}
     namespace: dict[str, Any] = {
         "padfree_children": _children,
@@ -44,7 +42,7 @@ def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any
         "padfree_values": tuple(locked[text] for text in texts),
         "padfree_stale": _stale,
     }
-    lines = [f"def {CHECK}(self):"]
+    lines = [f"def {CHECK}(self):", "    pass"]
     for index, text in enumerate(texts):
         value = f"padfree_values[{index}]"
         lines += [f"    if {text} != {value}:", f"        padfree_stale(self, {text!r}, {value}, {text})"]
