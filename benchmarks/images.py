@@ -35,7 +35,7 @@ class Images:
         name: photos or mnist5k.
         side: pixels that a network sees, S.
         margin: pixels around them.
-        train, test: the images.
+        train, test: the images; of fewer pixels where they are enlarged to S + 2 margin before a network sees them.
     """
 
     name: str
@@ -44,17 +44,23 @@ class Images:
     train: Split
     test: Split
 
+    def _enlarged(self, images: Tensor) -> Tensor:
+        full = self.side + 2 * self.margin
+        return images if images.shape[-1] == full else F.interpolate(images, full, mode="bilinear")
+
     def window(self, split: Split, down: int = 0, right: int = 0, wider: int = 0) -> Tensor:
         """Standardised windows (N, 3, S + wider, S + wider) whose centre is moved by whole pixels."""
         size = self.side + wider
         top, left = (self.margin - wider // 2 + step for step in (down, right))
-        if min(top, left) < 0 or max(top, left) + size > split.images.shape[-1]:
+        if min(top, left) < 0 or max(top, left) + size > self.side + 2 * self.margin:
             raise ValueError(f"a window of {size} pixels moved by {down}, {right} leaves the margin of {self.margin}")
-        return standardise(split.images[..., top : top + size, left : left + size]).expand(-1, 3, -1, -1)
+        return standardise(self._enlarged(split.images)[..., top : top + size, left : left + size]).expand(
+            -1, 3, -1, -1
+        )
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Training images as the recipes augment them: half of photos mirrored, digits moved by up to 2 pixels."""
-        images = self.train.images[indices]
+        images = self._enlarged(self.train.images[indices])
         if self.name == "photos":
             start, size = self.margin, self.side
             images = images[..., start : start + size, start : start + size]
@@ -76,15 +82,17 @@ def standardise(images: Tensor) -> Tensor:
 
 
 @functools.cache
-def images(name: str, side: int, grey: bool = True) -> Images:
+def images(name: str, side: int, grey: bool = True, crop: int | None = None) -> Images:
     """A data set by name.
 
     Args:
         name: photos (crops of the size asked for) or mnist5k (28 pixels, resized).
         side: pixels that the networks see.
         grey: photos without their colours.
+        crop: pixels of a photograph that are enlarged to `side`; default: as many.
     """
     if name == "photos":
+        shown, side = side, crop or side
         margin = side // 8  # block as for crops without a margin, so that training and test stay apart
         train, test = (
             _stacked(
@@ -93,6 +101,7 @@ def images(name: str, side: int, grey: bool = True) -> Images:
             )
             for part in (True, False)
         )
+        side, margin = shown, margin * shown // side
     else:
         margin = 8
         train, test = (_stacked(bundled.mnist5k(part, _tensor), 1) for part in (True, False))

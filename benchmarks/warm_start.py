@@ -50,6 +50,7 @@ class Set:
         families: of networks.
         steps: batches that the original sees.
         grey: photos without colours.
+        crop: pixels of a photograph that are enlarged to `side`; None: as many.
     """
 
     data: str
@@ -57,6 +58,7 @@ class Set:
     families: tuple[str, ...]
     steps: int = 640
     grey: bool = True
+    crop: int | None = None
 
 
 SETS = {
@@ -64,6 +66,7 @@ SETS = {
     "photos64": Set("photos", 64, tuple(FAMILIES)),
     "mnist32": Set("mnist5k", 32, tuple(FAMILIES)),
     "timm96": Set("photos", 96, TIMM, steps=320, grey=False),
+    "timm224": Set("photos", 224, TIMM, steps=320, grey=False, crop=64),  # last map 7 -> 6
 }
 
 
@@ -71,7 +74,7 @@ def measure(key: Cell, folder: Path) -> Cell:
     """Convert one trained network in every way and look at what came out, or fine-tune it (`epochs` over 0)."""
     begun = time.process_time()
     chosen, epochs = SETS[key["set"]], key["epochs"]
-    data, recipe = images(chosen.data, chosen.side, chosen.grey), network(chosen, key["family"])
+    data, recipe = images(chosen.data, chosen.side, chosen.grey, chosen.crop), network(chosen, key["family"])
     trained, curve = original(recipe, data, key["steps"], key["seed"], folder)
     torch.manual_seed(key["seed"])  # of new layers
     if epochs == "0":

@@ -37,6 +37,19 @@ def test_windows(where: dict[str, int], top: int, left: int, size: int) -> None:
     torch.testing.assert_close(found.mean((1, 2, 3)), torch.zeros(8), atol=1e-5, rtol=0)
 
 
+def test_small_images_are_enlarged_with_their_margin() -> None:
+    small = ramp(number=64)
+    data = Images("photos", 12, 6, small.train, small.test)  # 8 pixels for 24
+    found = data.window(data.test, down=-6, right=0)
+    assert found.shape == (64, 3, 12, 12)
+    steps = found[:, 0].diff(dim=1)[:, 3:], found[:, 0].diff(dim=2)[:, 3:]  # of a ramp, but at the border
+    assert float(steps[0].std()) < 1e-4 and float(steps[1].std()) < 1e-4
+    torch.testing.assert_close(steps[0].mean(), 10 * steps[1].mean(), rtol=1e-3, atol=0)
+    batch, _ = data.batch(torch.arange(64), torch.Generator().manual_seed(0))
+    plain = data.window(data.train)
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(2)) for a, b in zip(batch, plain, strict=True))
+
+
 def test_a_window_beyond_the_margin_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"a window of 4 pixels moved by 3, 0 leaves the margin of 2"):
         ramp().window(ramp().test, down=3)
