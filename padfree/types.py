@@ -263,3 +263,6 @@ def _plain(value: Any) -> Any:
 
 
 NEW = "padfree_"
+
+FUSED = "padfree_fused"
+"""Plain attribute of a fused network: the (C, H, W) that it was fused at."""

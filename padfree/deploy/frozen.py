@@ -11,9 +11,7 @@ from torch import nn
 
 from padfree.errors import PadfreeError
 from padfree.rewrite.sealed import FUSERS
-
-MARK = "padfree_fused"
-"""Plain attribute of a fused network: the (C, H, W) that it was fused at."""
+from padfree.types import FUSED
 
 
 def freeze(model: nn.Module, size: tuple[int, ...]) -> None:
@@ -28,12 +26,12 @@ def freeze(model: nn.Module, size: tuple[int, ...]) -> None:
         module.__dict__["train"] = _Frozen(module)
         module.__dict__.update({name: _Done(module) for name in FUSERS if _takes_nothing(module, name)})
     model.register_load_state_dict_pre_hook(_check_keys)  # type: ignore[no-untyped-call]
-    model.__dict__[MARK] = tuple(size)
+    model.__dict__[FUSED] = tuple(size)
 
 
 def is_fused(model: nn.Module) -> bool:
     """Whether `padfree.fuse` returned this network."""
-    return MARK in model.__dict__
+    return FUSED in model.__dict__
 
 
 class _Frozen:

@@ -17,11 +17,12 @@ from padfree.deploy.branches import Sums
 from padfree.deploy.carry import Carrier
 from padfree.deploy.chains import Chains
 from padfree.deploy.fold import fold
-from padfree.deploy.frozen import MARK, freeze, is_fused
+from padfree.deploy.frozen import freeze, is_fused
 from padfree.errors import PadfreeError
 from padfree.files.weights import FORMS
 from padfree.record.copies import full_copy, kept_random_state
 from padfree.record.recording import Recording, record
+from padfree.types import FUSED
 
 __all__ = ["fuse"]
 
@@ -61,7 +62,7 @@ def fuse(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.M
     if is_fused(model):
         return full_copy(model)
     fused = fused_form(model, input_size)
-    check_same(model, fused, fused.__dict__[MARK], fused_form)
+    check_same(model, fused, fused.__dict__[FUSED], fused_form)
     return fused
 
 
@@ -91,4 +92,4 @@ def _again(model: nn.Module, before: Recording) -> Recording:
         raise PadfreeError(f"with its norms folded, {error} {ASKED}") from error
 
 
-FORMS["fused"] = (lambda model: model.__dict__.get(MARK), fused_form)
+FORMS["fused"] = (lambda model: model.__dict__.get(FUSED), fused_form)

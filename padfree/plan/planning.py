@@ -26,7 +26,7 @@ from padfree.rewrite.metadata import descriptions
 from padfree.rewrite.operations import Operation, perform
 from padfree.rules.base import Rule, registered
 from padfree.rules.base import rules as get_rules
-from padfree.types import Match, Options, PlanData, Returned, Skip
+from padfree.types import FUSED, Match, Options, PlanData, Returned, Skip
 from padfree.verify.real import real_run
 from padfree.verify.siblings import disagreeing
 
@@ -117,6 +117,11 @@ def prepare(model: nn.Module, request: Request) -> Prepared:
         PadfreeError: the model cannot be looked through, or a pattern of the request means no place of it.
     """
     check_model(model)
+    if FUSED in model.__dict__:
+        raise PadfreeError(
+            f"this {type(model).__name__} is what `padfree.fuse` returned, which is frozen and has no norms left; "
+            "convert the network that it was made from, and fuse it then"
+        )
     with looking_at(model) as put_back:
         sites = Sites(Flow(record(model, request.input_size)))
         groups, skips = find(sites, request.rules, request.options, request.places)

@@ -63,6 +63,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values: list[Value] = []
         self.ops: list[Op] = []
         self.written: set[str] = set()  # parameters and buffers that an in-place operation met
+        self.writes: list[tuple[Any, ...]] = []  # what in-place operations wrote into, by storage and geometry
         self._names = names or {}
         self._index: dict[tuple[Any, ...], ValueId] = {}
         self._alive: list[torch.Tensor] = []  # so that no storage address is used twice
@@ -99,6 +100,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": torch.device("meta")}
         if func._schema.is_mutable:
             self.written.update(self._names.get(storage(tensor), "") for tensor in given)
+            formal = [argument.alias_info for argument in func._schema.arguments]
+            into = (given for given, alias in zip(args, formal, strict=False) if alias is not None and alias.is_write)
+            self.writes += [geometry_key(tensor) for tensor in tensors(tuple(into))]
         refs = [self.value(tensor) for tensor in given]
         kind, described = kind_of(func), (args, kwargs)
         if func in POOLS:  # torch's max-pool, by whichever operator

@@ -21,6 +21,7 @@ from padfree.indices import OpId, ValueId
 from padfree.record.recorder import Op, Recorder, Value
 from padfree.record.recording import Call, Recording
 from padfree.record.trees import collect, containers_copied, first_line, freeze, geometry_key, repeat_batch, storage
+from padfree.rewrite.in_place import follow_in_place, seen_elsewhere
 from padfree.rewrite.modes import Setting, setting
 
 
@@ -65,10 +66,13 @@ class _LinkingInterpreter(fx.Interpreter):
         self.nodes_of_value: dict[ValueId, list[fx.Node]] = {}
         self.node_of_op: list[fx.Node] = []
         self.results: dict[fx.Node, tuple[tuple[Any, ...], int]] = {}
+        self.writes: list[tuple[fx.Node, tuple[Any, ...]]] = []  # nodes that write in place, and into what
 
     def run_node(self, n: fx.Node) -> Any:
         """One node."""
+        before = len(self.recorder.writes)
         result = super().run_node(n)
+        self.writes += [(n, key) for key in self.recorder.writes[before:]]
         self.node_of_op += [n] * (len(self.recorder.ops) - len(self.node_of_op))
         if isinstance(result, torch.Tensor) and n.op not in ("get_attr", "output"):
             value = self.recorder.value(result)
@@ -92,7 +96,9 @@ def link(
         done = _checked(recording, call, graph, where, names, flags, others)
         traced, interpreter = done or (traced, interpreter)
     if interpreter is not None:
-        _follow_in_place(graph, interpreter)
+        follow_in_place(graph, interpreter.results)
+        if seen_elsewhere(graph, interpreter.results, interpreter.writes):
+            raise Refusal(f"the forward of {where} writes in place into a tensor that it reads by another view of it")
     if traced is None or interpreter is None or any(flags.values()):
         return {}, {}
     recorded = recording.ops[call.ops.start : call.ops.stop]
@@ -135,21 +141,6 @@ def _checked(
         mode = "train" if training else "eval"
         raise Refusal(f"the traced forward of {where} does not do what the original does in {mode} mode")
     return traced, interpreter
-
-
-def _follow_in_place(graph: fx.Graph, interpreter: _LinkingInterpreter) -> None:
-    """Let what reads a tensor after an in-place operation on it read that operation's result, the same tensor.
-
-    After `F.relu_(y)` whose result is dropped, `y` means the activation; an edit behind it must reach `y`.
-    """
-    place = {node: index for index, node in enumerate(graph.nodes)}
-    latest: dict[tuple[Any, ...], fx.Node] = {}
-    for node, (key, value) in interpreter.results.items():
-        earlier = latest.get(key)
-        if earlier is not None and interpreter.results[earlier][1] != value:
-            for user in [user for user in earlier.users if place[user] > place[node]]:
-                user.replace_input_with(earlier, node)
-        latest[key] = node
 
 
 _IN_PLACE = {

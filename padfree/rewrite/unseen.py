@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from padfree.record.quick import TorchDispatchMode
 
@@ -22,11 +23,19 @@ _ENTERED = {  # functions of torch, by their code, that a generated forward woul
 _OWN_BACKWARD = "calls an autograd function, whose backward is its own"
 if hasattr(torch.autograd.Function.apply, "__func__"):  # Python in older versions of torch, C in newer ones
     _ENTERED[torch.autograd.Function.apply.__func__.__code__] = _OWN_BACKWARD
+_OWN_TENSORS = {  # whose devices, dtypes and gradients are those of the copy that is traced
+    getattr(nn.Module, name).__code__
+    for name in ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
+}
 _ASKED = {  # what the answer to is baked
     torch.is_grad_enabled: "asks whether gradients are on",
     torch.is_inference_mode_enabled: "asks whether inference mode is on",
     torch.is_autocast_enabled: "asks whether autocast is on",
 }
+
+
+def _in_library(frame: types.FrameType | None) -> bool:
+    return frame is not None and str(frame.f_globals.get("__name__")).startswith(("torch.", "padfree."))
 
 
 @contextmanager
@@ -40,12 +49,13 @@ def noting_unseen() -> Iterator[list[str]]:
     def called(frame: types.FrameType, event: str, function: Any) -> None:
         if event == "call" and frame.f_code in _ENTERED:
             noted.append(_ENTERED[frame.f_code])
+        elif event == "call" and frame.f_code in _OWN_TENSORS and not _in_library(frame.f_back):
+            noted.append("looks through its own parameters, whose dtype, device and the like would be baked")
         elif event == "c_call" and isinstance(function, types.BuiltinFunctionType):
             owner = function.__self__
             if function.__name__ == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 noted.append(_OWN_BACKWARD)
-            library = str(frame.f_globals.get("__name__")).startswith(("torch.", "padfree."))
-            if not library and function in _ASKED:
+            if not _in_library(frame) and function in _ASKED:
                 noted.append(_ASKED[function])
 
     usual: Any = sys.getprofile()

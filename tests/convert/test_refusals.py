@@ -440,6 +440,13 @@ def test_a_forward_on_the_instance() -> None:
     assert "has a forward of its own on the instance" in refusal(Net(unit))
 
 
+def test_what_fuse_returned_is_refused() -> None:
+    fused = padfree.fuse(Net(Unit()).eval(), input_size=(3, 16, 16))
+    for asked in (padfree.convert, padfree.plan):
+        with pytest.raises(padfree.PadfreeError, match=r"convert the network that it was made from, and fuse it then"):
+            asked(fused)
+
+
 def test_graph_modules_and_scripted_modules_inside() -> None:
     assert "GraphModule" in refusal(Net(torch.fx.symbolic_trace(Unit())))
     with pytest.raises(NothingToConvertError):
