@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,7 +45,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, ...]) -> MacCount:
     fvcore follows a jit trace, which takes real tensors: this is a true forward pass. Functional
     operations count like modules. A network that cannot be traced gets `macs=None` and a note.
     """
-    from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of its use of torch.jit.script when it is imported
+        from fvcore.nn import FlopCountAnalysis
 
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet():
