@@ -123,7 +123,7 @@ def convert(
     check: bool = True,
     init: Init = "auto",
 ) -> nn.Module:
-    """Rewrite a network into its padding-free form (paper.md, Rewrites).
+    """Rewrite a network into its padding-free form (the paper, Rewrites).
 
     Args:
         model: a network that takes image batches (N, C, H, W).

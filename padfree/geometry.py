@@ -1,4 +1,4 @@
-"""Integer arithmetic of sizes and paddings (paper.md, Rewrites).
+"""Integer arithmetic of sizes and paddings (the paper, Rewrites).
 
 Sizes are pixels along one axis. Nothing here knows about tensors or modules.
 """

@@ -23,7 +23,7 @@ INITS: tuple[Init, ...] = ("auto", "preserve", "fresh")
 
 @dataclass(frozen=True)
 class Options:
-    """How the rules rewrite; paper.md says which family was published with which.
+    """How the rules rewrite; the paper says which family was published with which.
 
     Attributes:
         merge: where the pool shortcut is added: after the "activation", the "norm" or the "conv"

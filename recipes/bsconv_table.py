@@ -63,7 +63,7 @@ def _network(architecture: str, published: dict[str, float]) -> BSConvNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(spec)
-        # published with WRN-40-3 alone (paper.md, "Projection shortcut")
+        # published with WRN-40-3 alone (the paper, "Projection shortcut")
         dense = architecture == "cifar_wrn40_3"
         options = padfree.Options(stem_residual=True, projection="dense" if dense else "depthwise")
         converted, skipped = None, None

@@ -1,7 +1,7 @@
 """The comparison: strided blocks replaced by EfficientFormerV2's downsampling.
 
 Each becomes timm's `efficientformer_v2.Downsample`: a dense 3x3 stride-2 conv with BN, in the last
-ones beside attention downsampling. Source: paper.md, "EfficientFormerV2 downsampling".
+ones beside attention downsampling. Source: the paper, "EfficientFormerV2 downsampling".
 """
 
 from __future__ import annotations

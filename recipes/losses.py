@@ -12,7 +12,7 @@ def orthonormal_loss(model: nn.Module, alpha: float = 0.1) -> Tensor:
     """Sum of alpha * ||W W^T - I||_F over the projecting 1x1 convs W of bsconv's linear bottlenecks.
 
     W is `conv3.conv.weight` of every LinearBottleneck, viewed (out, mid). Unlike the `reg_loss` of the
-    bsconv package it is always of the weights of the model given. Source: paper.md, "BSConv-S
+    bsconv package it is always of the weights of the model given. Source: the paper, "BSConv-S
     MobileNetV3".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Source models of the recipes, as paper.md's "How the paper's bases map onto library models" has them.
+"""Source models of the recipes, as library models or networks of our own.
 
 Networks that no library has are in networks/.
 """

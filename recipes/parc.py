@@ -1,7 +1,7 @@
 """ParC-MobileNetV2, the one base model of the paper that no package has.
 
 MobileNetV2 whose later units replace the depthwise convolution by two position-aware circular
-convolutions (ParC), one along the height and one along the width. Structure: paper.md,
+convolutions (ParC), one along the height and one along the width. Structure: the paper,
 section "ParC-MobileNetV2".
 """
 

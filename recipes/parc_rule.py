@@ -1,4 +1,4 @@
-"""ParC operators follow their map (paper.md, ParC-MobileNetV2).
+"""ParC operators follow their map (the paper, ParC-MobileNetV2).
 
 before: ParC on an m x m map: kernel (m, 1) or (1, m), position embedding of m lines
 after:  ParC on the m' x m' map that the conversion leaves: kernel and embedding of m' lines

@@ -1,7 +1,7 @@
 """What a recipe file may say, validated by pydantic; unknown keys are faults.
 
 A recipe is read top to bottom: the source model, how it is converted, the data, the optimiser, the
-schedule, the training run, and the figures that the paper published. Settings: paper.md, "Training
+schedule, the training run, and the figures that the paper published. Settings: the paper, "Training
 settings".
 """
 

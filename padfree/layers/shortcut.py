@@ -1,4 +1,4 @@
-"""The layers of downsampling shortcuts (paper.md, Dense downsampling, Projection shortcut)."""
+"""The layers of downsampling shortcuts (the paper, Dense downsampling, Projection shortcut)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from padfree.kernels import shortcut_pool
 
 
 class PoolProjection(nn.Module):
-    """Max-pool shortcut of a convolution that changes the number of channels (paper.md, Dense downsampling).
+    """Max-pool shortcut of a convolution that changes the number of channels (the paper, Dense downsampling).
 
     (N, C_in, H, W) -> (N, C_out, floor((H-3)/2)+1, floor((W-3)/2)+1): max-pool, then a 1x1 convolution
     without bias, norm or activation.
@@ -29,7 +29,7 @@ class PoolProjection(nn.Module):
 class DepthwiseReduction(nn.Sequential):
     """What shrinks a projection shortcut: depthwise 3x3 stride 2 without padding, then a norm.
 
-    (N, C, H, W) -> (N, C, floor((H-3)/2)+1, floor((W-3)/2)+1); paper.md, Projection shortcut.
+    (N, C, H, W) -> (N, C, floor((H-3)/2)+1, floor((W-3)/2)+1); the paper, Projection shortcut.
     """
 
     def __init__(self, channels: int, norm: nn.Module | None) -> None:

@@ -1,7 +1,7 @@
 """The new layers: what a conversion adds to a network, and how it is initialised.
 
 New convolutions have no bias and torch's default initial values; new norms and activations copy
-their neighbour's class and settings with fresh statistics (paper.md, Hybrid stem, Projection shortcut).
+their neighbour's class and settings with fresh statistics (the paper, Hybrid stem, Projection shortcut).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _absorbed(pool: nn.Module) -> nn.Module:
 
 
 class StemTail(nn.Module):
-    """The second half of the hybrid stem (paper.md, Hybrid stem), after the stem's own conv, norm and act.
+    """The second half of the hybrid stem (the paper, Hybrid stem), after the stem's own conv, norm and act.
 
     (N, C, H, W) -> (N, C, H/s, W/s). A depthwise 3x3 beside a 3x3 max-pool, concatenated (depthwise first),
     then a 1x1 convolution 2C -> C. The original end of the stem's chain that it takes the place of is its

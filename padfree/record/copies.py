@@ -94,7 +94,7 @@ def full_copy(model: nn.Module) -> nn.Module:
     """A deep copy whose own functions read the copy: closures over the model's modules are rebound.
 
     bsconv's BSConv-S models carry such closures (`reg_loss`); after a plain `copy.deepcopy` they
-    would read, and send gradients to, the original (paper.md, BSConv-S MobileNetV3).
+    would read, and send gradients to, the original (the paper, BSConv-S MobileNetV3).
 
     Raises:
         PadfreeError: the model cannot be copied (`copy.deepcopy` fails).

@@ -122,7 +122,7 @@ class Rule:
         match: finds places in a recording; yields a `Match` or a `Skip` for each.
         rewrite: carries one match out through the editor.
         follow: for layers whose own size must follow their map: given the sizes after the planned
-            conversion, yields further matches (`paper.md`, ParC-MobileNetV2).
+            conversion, yields further matches (the paper, ParC-MobileNetV2).
         default: whether `convert` uses it when no rules are named.
         details: the classes of its matches' details; without any they are mappings.
         alternatives: the same matches carried out in other modules, in order of preference, for those whose block

@@ -1,4 +1,4 @@
-"""Dense downsampling (paper.md, Rewrites).
+"""Dense downsampling (the paper, Rewrites).
 
 before: act(norm(conv(x, k, s2, p)))
 after:  act(norm(conv(x, k, s2, (k-3)/2))) + conv1x1(maxpool(x, 3, s2, p0))

@@ -1,4 +1,4 @@
-"""Depthwise downsampling (paper.md, Rewrites).
+"""Depthwise downsampling (the paper, Rewrites).
 
 before: act(norm(dwconv(x, k, s2, p)))
 after:  act(norm(dwconv(x, k, s2, (k-3)/2))) + maxpool(x, 3, s2, p0)

@@ -1,4 +1,4 @@
-"""Projection shortcuts and pools that stand parallel to a strided conv (paper.md, Projection shortcut).
+"""Projection shortcuts and pools that stand parallel to a strided conv (the paper, Projection shortcut).
 
 before: norm(conv1x1(x, s2))                      depthwise (default): norm(conv1x1(norm'(dwconv(x, 3, s2, p0))))
                                                   dense: norm(conv1x1(maxpool(x, 3, s2, p0)) + conv(x, 3, s2, p0))

@@ -1,4 +1,4 @@
-"""Hybrid stem (paper.md, Hybrid stem).
+"""Hybrid stem (the paper, Hybrid stem).
 
 before: act(norm(conv(x)))  [maxpool(., 3, s, p1)]
 after:  y = act(norm(conv(x)));  act(norm(conv1x1(cat(act(norm(dwconv(y, 3, s, p1))), maxpool(y, 3, s, p1)))))  [+ y]

@@ -1,4 +1,4 @@
-"""The seven safeguards of re-forwarding a block in place (design.md), and what a rewritten module still is."""
+"""The seven safeguards of re-forwarding a block in place, and what a rewritten module still is."""
 
 from __future__ import annotations
 
