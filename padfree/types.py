@@ -262,4 +262,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+KEPT = "padfree_kept"
+"""Plain attribute of a child that cannot be set anew: why (`rewrite.kept`)."""
+
 NEW = "padfree_"
