@@ -262,6 +262,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
+KEPT = "padfree_kept"
+"""Plain attribute of a child that cannot be set anew: why (`rewrite.kept`)."""
+
 NEW = "padfree_"
 
 FUSED = "padfree_fused"

@@ -24,11 +24,18 @@ from padfree.layers.fused import SETTINGS, FusedChain
 from padfree.record.recording import Call, Recording
 from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.effects import methods_naming
-from padfree.rewrite.forward import graph_source, original_class, rewritten_class, sealing_class, set_class
+from padfree.rewrite.forward import (
+    graph_source,
+    original_class,
+    rewritten_class,
+    sealing_class,
+    set_class,
+)
+from padfree.rewrite.keeping import common, keep_empty
+from padfree.rewrite.kept import MERGED
 from padfree.rewrite.reads import without_reads
 from padfree.rewrite.refusing import refused_methods, refusing_class
 from padfree.rewrite.sealed import FUSERS
-from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
 
@@ -52,6 +59,7 @@ class Carrier:
         self._modules = dict(model.named_modules())
         self._traced: dict[str, TracedBlock | Refusal] = {}
         self._gone: list[str] = []  # paths of modules that chains took the place of
+        self._merged_within: dict[str, str] = {}  # modules that are parts of one now, and what holds them all
         self._edits: dict[str, BlockEdit] = {}
         self._taken: set[int] = set()
         self._changed: set[str] = set()
@@ -73,6 +81,8 @@ class Carrier:
                     continue
                 self._taken.update(form.ops)
                 break
+        for path, within in self._merged_within.items():
+            keep_empty(self._model, path, MERGED, within)
         for path in sorted(self._changed):
             self._finish(path, self._edits[path])
         return bool(self._changed)
@@ -100,6 +110,8 @@ class Carrier:
             parent, _, name = path.rpartition(".")
             # past __setattr__: a generated forward may have locked some of its block's attributes
             self._modules[parent]._modules[name] = nn.Identity().eval()
+        whole = common(block.path if outer else f"{block.path}.chain".strip("."), *gone)
+        self._merged_within.update(dict.fromkeys((*gone, *((block.path,) if outer else ())), whole))
         self._gone += gone
 
     # -- may it go ------------------------------------------------------------------------------
@@ -276,7 +288,7 @@ class Carrier:
         locked = without_reads(locked, gone)
         ends = self._ends(path, gone)
         locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(end for end in ends if "." not in end)}))
-        source, names = graph_source([graph], checked=any(map(is_watched, locked)))
+        source, names = graph_source([graph])
         base = original_class(module)
         kind = rewritten_class(base, source, names, tuple(sorted(locked.items())))
         named = methods_naming(base, sorted({end.partition(".")[0] for end in ends}))

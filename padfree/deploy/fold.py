@@ -18,7 +18,9 @@ from padfree.deploy.readers import Parameters, hooked
 from padfree.deploy.shuffles import shuffled
 from padfree.indices import ValueId
 from padfree.record.recording import Recording
-from padfree.rewrite.forward import set_class
+from padfree.rewrite.forward import acting_class, guarded_class, set_class
+from padfree.rewrite.keeping import common, keep, keep_empty
+from padfree.rewrite.kept import FOLDED, REST
 from padfree.rewrite.reads import without_reads
 from padfree.rewrite.refusing import relocked_class
 from padfree.types import NEW
@@ -116,6 +118,8 @@ def _fold(model: nn.Module, conv_path: str, norm_path: str, order: list[int]) ->
     parent, _, name = norm_path.rpartition(".")
     # Past __setattr__: a generated forward may have locked some of its block's attributes.
     model.get_submodule(parent)._modules[name] = _rest(norm)
+    keep(model, conv_path, FOLDED, common(conv_path, norm_path))
+    keep_empty(model, norm_path, REST, common(conv_path, norm_path))
     names = norm_path.split(".")
     for depth in range(len(names)):  # what a generated forward asked about the norm is answered for good
         _unlock(model.get_submodule(".".join(names[:depth])), ".".join(names[depth:]))
@@ -136,5 +140,9 @@ def _rest(norm: nn.Module) -> nn.Module:
     """What a norm does besides normalising, its children under their old names."""
     if _class(norm) in _NORMS:
         return nn.Identity().eval()
-    kept = [(name, child) for name, child in norm.named_children() if type(child) is not nn.Identity]
-    return nn.Sequential(OrderedDict(kept)).eval() if kept else nn.Identity().eval()
+    kept = [(name, child) for name, child in norm.named_children() if acting_class(child) is not nn.Identity]
+    if not kept:
+        return nn.Identity().eval()
+    rest = nn.Sequential(OrderedDict(kept)).eval()
+    set_class(rest, guarded_class(rest))  # some may have to stay, as they had to in the norm
+    return rest

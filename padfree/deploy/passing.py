@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from padfree.deploy.readers import hooked
+from padfree.rewrite.forward import acting_class
 
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)  # in eval mode
 
@@ -14,7 +15,7 @@ def passes_on(node: fx.Node, path: str, modules: dict[str, nn.Module]) -> bool:
     if node.op != "call_module":
         return False
     child = modules.get(f"{path}.{node.target}" if path else str(node.target))
-    return child is not None and type(child) in _PASSING and not hooked(child)
+    return child is not None and acting_class(child) in _PASSING and not hooked(child)
 
 
 def without_identities(graph: fx.Graph, module: nn.Module) -> None:

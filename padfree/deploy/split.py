@@ -17,6 +17,7 @@ from padfree.errors import PadfreeError
 from padfree.layers.stem import StemTail
 from padfree.record.copies import full_copy
 from padfree.record.recording import record
+from padfree.rewrite.forward import set_class
 
 
 class SplitTail(StemTail):
@@ -62,7 +63,7 @@ def split_stems(model: nn.Module, input_size: tuple[int, ...]) -> nn.Module:
 
 
 def _splittable(module: nn.Module) -> bool:
-    if type(module) is not StemTail or module.preact:
+    if not isinstance(module, StemTail) or isinstance(module, SplitTail) or module.preact:
         return False
     conv = module.conv_pw
     return type(conv) is nn.Conv2d and not hooked(conv) and set(conv._parameters) == {"weight", "bias"}
@@ -79,5 +80,5 @@ def _split(tail: nn.Module) -> None:
         if bias is not None:
             conv.bias = nn.Parameter(bias.detach(), requires_grad=False)
         tail.add_module(name, conv.eval())
-    tail.conv_pw = nn.Identity()  # type: ignore[assignment]
-    tail.__class__ = SplitTail
+    tail._modules["conv_pw"] = nn.Identity()  # past the lock on what is folded
+    set_class(tail, SplitTail)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from padfree.types import KEPT
+
 
 class LastChannelNorm(nn.Module):
     """A norm over the last axis, such as `nn.LayerNorm`, on (N, C, H, W)."""
@@ -54,7 +56,7 @@ def norm_like(norm: nn.Module, channels: int, *, with_act: bool = True) -> nn.Mo
     if not with_act:
         for name, child in duplicate.named_children():
             if not list(child.parameters()):
-                setattr(duplicate, name, nn.Identity())
+                duplicate._modules[name] = nn.Identity()  # past the lock of a converted network
     return duplicate
 
 
@@ -91,9 +93,10 @@ def act_like(act: nn.Module, *, inplace: bool = True) -> nn.Module:
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The same module with its hooks taken off."""
+    """The same module with its hooks taken off, and free to be set anew."""
     for child in module.modules():
         for name, table in list(child.__dict__.items()):
             if name.endswith("_hooks") and name.startswith(("_forward", "_backward")):
                 child.__dict__[name] = OrderedDict() if isinstance(table, OrderedDict) else table
+        child.__dict__.pop(KEPT, None)
     return module

@@ -67,6 +67,10 @@ class Spec(abc.ABC):
     def _layer(self, model: nn.Module) -> nn.Module:
         """The layer, wherever torch puts it."""
 
+    def copied(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
+        """Paths of the activations of this network that the layer has copies of, each with that of what was copied."""
+        return ()
+
     def preserve(self, layer: nn.Module, model: nn.Module) -> None:  # noqa: B027  (a rule's own may have no such values)
         """Give the layer values at which the network computes what it did before, as far as there are such.
 
@@ -196,6 +200,14 @@ class StemTailSpec(Spec):
         """The tail; `end` is the module whose place it takes."""
         make = functools.partial(self._layer, end=end)
         return self._like_reference(model, make, own=() if end is None else set(end.modules()))
+
+    def copied(self, model: nn.Module) -> tuple[tuple[str, str], ...]:
+        """The activation, and those that are parts of the norm."""
+        found = [] if self.act is None else [(self.act, self.act)]
+        if self.norm is not None:
+            parts = model.get_submodule(self.norm).named_children()
+            found += [(f"{self.norm}.{name}", self.norm) for name, part in parts if not any(part.parameters())]
+        return tuple(found)
 
     def _layer(self, model: nn.Module, end: nn.Module | None = None) -> nn.Module:
         second = 2 * self.channels if self.preact else self.channels

@@ -7,6 +7,7 @@ rebuild the class from (base, source, names, locked), so they work in a fresh pr
 from __future__ import annotations
 
 import importlib
+import inspect
 import itertools
 import keyword
 import linecache
@@ -32,13 +33,12 @@ Locked = tuple[tuple[str, Any], ...]
 _MARK = "_padfree_base"
 
 
-def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checked: bool = False) -> tuple[str, Names]:
-    """The Python source of a forward and where its globals come from.
+def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = ()) -> tuple[str, Names]:
+    """The Python source of a forward, which begins with a look at what was baked in, and where its globals come from.
 
     Args:
         graphs: its bodies, one for each combination of the modes of `flags`, all in eval mode first.
         flags: paths of the modules whose `training` chooses the body, "" for the block itself.
-        checked: whether it begins with a look at what was baked into it.
 
     Raises:
         Refusal: it uses an object that cannot be imported by name.
@@ -63,10 +63,8 @@ def graph_source(graphs: Sequence[fx.Graph], flags: tuple[str, ...] = (), checke
         text = [*sources[0][:head], *_branches(calls, flags)]
         for index, source in enumerate(sources):
             text += ["", source[head - 1].replace("def forward(", f"def {NEW}body{index}(", 1), *source[head:]]
-    if checked or any("torch.jit.is_scripting" in line for line in text):
-        values["torch"] = torch
-    if checked:
-        text = [*text[:head], "    if not torch.jit.is_scripting():", f"        self.{CHECK}()", *text[head:]]
+    values["torch"] = torch
+    text = [*text[:head], "    if not torch.jit.is_scripting():", f"        self.{CHECK}()", *text[head:]]
     return "\n".join(text) + "\n", tuple(_name(name, value) for name, value in sorted(values.items()))
 
 
@@ -152,8 +150,13 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether padfree gave this module a generated class."""
-    return _MARK in dir(type(module))
+    """Whether padfree gave this module a generated class that does more than keep its children."""
+    return getattr(type(module), "_padfree_recipe", _GUARDED) != _GUARDED
+
+
+def acting_class(module: nn.Module) -> type[nn.Module]:
+    """The class that says what a module does: a generated one, or its original's where that only keeps its children."""
+    return type(module) if is_rewritten(module) else original_class(module)
 
 
 def has_generated_forward(module: nn.Module) -> bool:
@@ -172,7 +175,9 @@ def rewritten_class(base: type[nn.Module], source: str, names: Names, locked: Lo
         locked: plain state that `source` was traced with; changing it raises `LockedStateError`.
     """
     # the same name may mean another function by now: notebooks define their helpers again and again
-    key = (base, source, names, repr(locked), tuple(id(_resolve(module, name)) for _, module, name in names))
+    functions = [_resolve(module, name) for _, module, name in names]
+    functions.append(inspect.getattr_static(base, "forward", None))
+    key = (base, source, names, repr(locked), tuple(map(id, functions)))
     found = _CLASSES.get(key)
     if found is None:
         found = _CLASSES[key] = _new_class(base, source, names, locked)
@@ -185,6 +190,15 @@ _CLASSES: weakref.WeakValueDictionary[tuple[Any, ...], type[nn.Module]] = weakre
 def sealed_class(base: type[nn.Module]) -> type[nn.Module]:
     """A subclass of `base` that keeps its forward, and whose fusing methods raise."""
     return rewritten_class(base, "", (), ())
+
+
+_GUARDED: tuple[str, Names, Locked] = ("", (), (("<kept>", True),))
+
+
+def guarded_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module that refuses to set those children anew which must stay (`kept`), and is as it was else."""
+    kind = type(module)
+    return kind if hasattr(kind, "_padfree_recipe") else rewritten_class(kind, *_GUARDED)
 
 
 def sealing_class(module: nn.Module, ends: Iterable[str]) -> type[nn.Module]:
@@ -209,8 +223,7 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         members |= _compile(base, source, names)
         if CHECK in source:
             members |= check_member(base, dict(locked))
-        if locked:
-            members |= locking_members(base, dict(locked))
+    members |= locking_members(base, dict(locked) if source else {})
     ends = tuple(dict(locked).get(SEALED, ()))
     if ends and base.named_children is nn.Module.named_children:
         members |= child_members(ends)
@@ -218,7 +231,7 @@ def _new_class(base: type[nn.Module], source: str, names: Names, locked: Locked)
         members |= container_members(base, ends)
     if source and issubclass(base, nn.Sequential):
         members |= sequential_members(base, ends)
-    for name in FUSERS:
+    for name in FUSERS if (source, names, locked) != _GUARDED else ():
         if callable(getattr(base, name, None)):
             members[name] = sealed(name)
     made = quiet_subclass(base, members)

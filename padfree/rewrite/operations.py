@@ -22,12 +22,15 @@ from padfree.record.copies import HOOK_TABLES
 from padfree.rewrite.forward import (
     Locked,
     Names,
+    is_rewritten,
     original_class,
     rewritten_class,
     sealed_class,
     sealing_class,
     set_class,
 )
+from padfree.rewrite.keeping import common, keep
+from padfree.rewrite.kept import LIKE, MOVED, PLACED
 from padfree.rewrite.refusing import Refused, refusing_class
 from padfree.rewrite.same_padding import shaped_like
 
@@ -146,7 +149,7 @@ def preserve(model: nn.Module, operations: Iterable[Operation]) -> None:
             operation.spec.preserve(model.get_submodule(path), model)
 
 
-Undo = list[Callable[[], None]]
+Undo = list[Callable[[], Any]]
 
 
 @contextmanager
@@ -185,6 +188,7 @@ def _add_child(model: nn.Module, operation: AddChild, undo: Undo) -> None:
         raise PadfreeError(f"`{operation.path}` has a child named `{operation.name}` already")
     undo.append(_restore(parent._modules, operation.name))
     parent._modules[operation.name] = operation.spec.build(model)
+    _keep_copied(model, operation.spec, undo)
 
 
 def _move_child(model: nn.Module, operation: MoveChild, undo: Undo) -> None:
@@ -194,6 +198,9 @@ def _move_child(model: nn.Module, operation: MoveChild, undo: Undo) -> None:
         undo.append(_restore(table, name))
     block._modules[operation.name] = parent._modules[name]
     parent._modules[name] = nn.Identity().train(parent.training)
+    undo += keep(
+        model, operation.origin, MOVED, common(operation.origin, f"{operation.path}.{operation.name}".strip("."))
+    )
 
 
 def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
@@ -204,11 +211,19 @@ def _replace_end(model: nn.Module, operation: ReplaceEnd, undo: Undo) -> None:
     kind, state = type(end), end.__dict__
     undo.append(_restore(parent._modules, name))
     undo.append(_restore(state, name))
-    undo.append(lambda: setattr(end, "__class__", kind))
-    tail = parent._modules[name] = operation.spec.build(model, end)
+    undo.append(lambda: set_class(end, kind))
+    tail = operation.spec.build(model, end)
+    _keep_copied(model, operation.spec, undo)
+    parent._modules[name] = tail
+    undo += keep(model, operation.path, PLACED, parent_path)
     for table in HOOK_TABLES:  # what was hooked there goes on to see what the next layer reads
         if table in state:
             tail.__dict__[table], state[table] = state[table], type(state[table])()
+
+
+def _keep_copied(model: nn.Module, spec: Spec, undo: Undo) -> None:
+    for path, copied in spec.copied(model):
+        undo += keep(model, path, LIKE, copied.rpartition(".")[0])
 
 
 def _substitute(model: nn.Module, operation: Substitute, undo: Undo) -> None:
@@ -256,7 +271,7 @@ def _seal(model: nn.Module, operation: Seal, undo: Undo) -> None:
     base = original_class(module)
     if operation.ends:
         _set_class(module, sealing_class(module, operation.ends), undo)
-    elif type(module) is base:  # else it is sealed already, or rewritten and so sealed
+    elif not is_rewritten(module):  # else it is sealed already, or rewritten and so sealed
         _set_class(module, sealed_class(base), undo)
 
 

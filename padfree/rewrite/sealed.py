@@ -9,26 +9,30 @@ from torch import nn
 
 from padfree.errors import LockedStateError, PadfreeError
 from padfree.rewrite.containers import shown
+from padfree.rewrite.kept import check_child
 
 FUSERS = ("fuse", "reparameterize", "switch_to_deploy", "fuse_model", "repvgg_convert", "merge_bn")
 
 
 def locking_members(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:
-    """Members that refuse to change what a generated forward was traced with: to set, register or delete it."""
+    """Members that refuse to set, register or delete what a generated forward was traced with, and kept children."""
 
-    def check(name: Any, value: Any) -> None:
+    def check(self: nn.Module, name: Any, value: Any) -> None:
         if name in locked and not _same(locked[name], value):
             raise LockedStateError(
                 f"{base.__name__}.{name} is baked into the converted forward as {locked[name]!r}; "
                 "set it on the original model and convert again"
             )
+        check_child(self, name, value)
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        check(name, value)
+        if name == "__class__":
+            _check_class(self, value)
+        check(self, name, value)
         base.__setattr__(self, name, value)
 
     def __delattr__(self: nn.Module, name: str) -> None:
-        check(name, _GONE)
+        check(self, name, _GONE)
         base.__delattr__(self, name)
 
     def registering(method: str) -> Any:
@@ -36,16 +40,38 @@ def locking_members(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, 
 
         @functools.wraps(original)
         def register(self: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
-            check(name, next(iter((*args, *kwargs.values())), None))
+            check(self, name, next(iter((*args, *kwargs.values())), None))
             original(self, name, *args, **kwargs)
 
         return register
 
     members: dict[str, Any] = {"__setattr__": __setattr__, "__delattr__": __delattr__}
+    if issubclass(base, nn.ModuleDict):  # which deletes past __delattr__
+
+        def __delitem__(self: nn.ModuleDict, key: str) -> None:
+            check(self, key, _GONE)
+            base.__delitem__(self, key)
+
+        def clear(self: nn.ModuleDict) -> None:
+            for key in self._modules:
+                check(self, key, _GONE)
+            base.clear(self)
+
+        members |= {"__delitem__": __delitem__, "clear": clear}
     return members | {name: registering(name) for name in ("add_module", "register_parameter", "register_buffer")}
 
 
 _GONE = object()
+
+
+def _check_class(module: nn.Module, kind: Any) -> None:
+    """Refuse a class without the generated forward; parametrizations and sharding make subclasses of it."""
+    recipe = getattr(type(module), "_padfree_recipe", None)
+    if recipe is not None and recipe[0] and getattr(kind, "_padfree_recipe", None) is not recipe:
+        raise LockedStateError(
+            f"this {type(module).__name__} has a converted forward, which its new class {kind.__name__} has not; "
+            "set the class on the original model and convert again"
+        )
 
 
 def _same(locked: Any, value: Any) -> bool:

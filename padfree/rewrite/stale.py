@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 import types
@@ -11,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from padfree.errors import LockedStateError
-from padfree.rewrite.views import SEALED
 from padfree.types import NEW
 
 CHECK = f"{NEW}check"
@@ -22,7 +22,7 @@ _MODULES = re.compile(r"padfree_modules\['([\w.]+)'\]")
 
 def is_watched(name: str) -> bool:
     """Whether an entry of what is locked is Python text to evaluate, and not the name of an attribute."""
-    return not name.isidentifier() and name != SEALED
+    return not name.isidentifier() and not name.startswith("<")
 
 
 def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +43,10 @@ def check_member(base: type[nn.Module], locked: dict[str, Any]) -> dict[str, Any
         "padfree_stale": _stale,
     }
     lines = [f"def {CHECK}(self):", "    pass"]
+    own = inspect.getattr_static(base, "forward", None)
+    if isinstance(own, types.FunctionType):  # what is read off the class is the function itself
+        namespace |= {"padfree_base": base, "padfree_forward": own, "padfree_patched": _patched}
+        lines += ["    if padfree_base.forward is not padfree_forward:", "        padfree_patched(padfree_base)"]
     for index, text in enumerate(texts):
         value = f"padfree_values[{index}]"
         lines += [f"    if {text} != {value}:", f"        padfree_stale(self, {text!r}, {value}, {text})"]
@@ -74,6 +78,13 @@ def _stale(module: nn.Module, text: str, was: Any, now: Any) -> None:
     raise LockedStateError(
         f"`{text}` is baked into the converted forward of {type(module).__name__} as {was!r} and is {now!r} now; "
         "set it back, or change it on the original model and convert again"
+    )
+
+
+def _patched(base: type[nn.Module]) -> None:
+    raise LockedStateError(
+        f"{base.__name__}.forward is another function than the one that the converted forward was made of; "
+        "set it before the conversion, and convert the original model again"
     )
 
 

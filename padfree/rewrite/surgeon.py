@@ -32,7 +32,6 @@ from padfree.rewrite.operations import (
 )
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
-from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
 from padfree.rules.base import Shortcut
@@ -230,8 +229,7 @@ class Surgeon:
         inner: list[str] = []  # ends of chains that lie in containers which the block's forward takes apart
         for path, edit in self._blocks.items():
             locked = self._lasting(edit)
-            watches = any(is_watched(name) for name, _ in locked)
-            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags, watches)
+            source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags)
             found += [AddChild(path, name, spec) for name, spec in edit.children]
             ends = edit.ends()
             own = tuple(name for name in ends if "." not in name)

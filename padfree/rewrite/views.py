@@ -83,7 +83,8 @@ def _kind(base: type[nn.Module]) -> type[nn.Module]:
             "__doc__": base.__doc__,
             "_padfree_view": True,
         }
-        if issubclass(base, nn.Sequential) and not hasattr(base, "_padfree_base"):
+        source, _, locked = getattr(base, "_padfree_recipe", ("", (), ()))
+        if issubclass(base, nn.Sequential) and not source and SEALED not in dict(locked):
             members |= _last_members()
         found = quiet_subclass(base, members)
         _kinds[base] = weakref.ref(found)

@@ -21,6 +21,7 @@ from padfree.record.copies import full_copy, in_mode
 from padfree.record.recording import ForwardFailedError, Recording, path_of, record, shape_at
 from padfree.record.trees import repeat_batch
 from padfree.rewrite.effects import asks_for_mode
+from padfree.rewrite.forward import acting_class
 from padfree.rewrite.operations import Operation, Resize, SetAttributes, Substitute
 from padfree.verify.calls import Changed, check_calls
 from padfree.verify.places import check_places
@@ -113,7 +114,9 @@ def _check_training(
         raise Refusal(f"in train mode {blame(before, error)}") from error
     for path, module in converted.named_modules():
         kept = before.modules.get(path)
-        different = kept is None or type(kept) is not type(module) or _settings(kept) != _settings(module)
+        different = (
+            kept is None or acting_class(kept) is not acting_class(module) or _settings(kept) != _settings(module)
+        )
         calls, more = (len(recording.calls_of.get(path, ())) for recording in (evaluated, after))
         if different and 0 < calls < more:
             raise Refusal(f"`{path}` is called {calls} times in eval mode and {more} times in train mode")
