@@ -15,42 +15,41 @@ Input to output, each step on the network as the steps before it left it:
     classifier   the last linear layer is solved for the original's outputs           classifier
 
 All but the tail's fit are forward passes and closed forms. What makes the network worse on a held-back fifth of the
-images is undone.
+images is undone: `imitate`, `recalibrate` and `classifier` by the outputs, where the original is there to compare them
+with, the other steps by the places that they mend (`judged.py`). Where the outputs end worse than they began, steps
+are taken back, the last one first.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from padfree.adapt.absorb import absorb_by_point
+from padfree.adapt.checks import check_images, check_networks, check_outputs, chosen_steps
 from padfree.adapt.classifier import solvable, solve_classifier
 from padfree.adapt.images import divided, measured
 from padfree.adapt.imitate import imitate
+from padfree.adapt.judged import Judged, Step, restore, values
 from padfree.adapt.merge import absorb_by_conv
 from padfree.adapt.places import Places
-from padfree.adapt.report import Calibration, CalibrationStep
+from padfree.adapt.report import Calibration
 from padfree.adapt.rescale import rescale
 from padfree.adapt.statistics import calibrate_identities, recalibrate
 from padfree.adapt.tail import fit_tails
-from padfree.adapt.work import Outcome, Work, outputs
-from padfree.convert import is_converted
-from padfree.deploy.frozen import is_fused
+from padfree.adapt.work import Work, outputs
 from padfree.errors import PadfreeError
 from padfree.record.batches import image_batches
 from padfree.record.copies import bare_copy, kept_generators
-from padfree.record.inputs import check_model, like_of
+from padfree.record.inputs import like_of
 from padfree.record.recording import record
 from padfree.record.trees import first_line
 from padfree.types import PlanData
-
-Step = Callable[[Work], Outcome]
 
 STEPS: dict[str, Step] = {
     "identity": calibrate_identities,
@@ -64,14 +63,10 @@ STEPS: dict[str, Step] = {
 }
 _FROM_ORIGINAL = ("imitate", "classifier")  # what takes the original network
 _ONCE = ("tail", "rescale", "merge", "absorb")  # what takes the network as the conversion left it
-# Judged by the outputs, where they are known. While later places still carry a pool that nothing took back, the outputs
-# say nothing of a step that mends an earlier one: those are judged by what they mend, place by place.
-_BY_OUTPUTS = ("imitate", "recalibrate", "classifier")
 _MARK = "padfree_calibrated"
 _TO_SCALE = 32  # held-back images; with fewer a scale for each output fits whatever comes
 _ENOUGH = "some hundred unlabelled images, such as 20 batches of 64"
 _DONE = "done before, and places converted since are left, too; to do it again, convert the original anew"
-_WORSE = 1e-4  # of an error, by which it must grow to be one
 
 
 def calibrate(
@@ -92,8 +87,8 @@ def calibrate(
             trained networks), not fused.
         batches: a list of tensors (N, C, H, W), or a loader that yields them: images as the network takes them,
             without labels, some hundred (20 batches of 64 are enough). They are kept in memory meanwhile.
-        original: the network before conversion; with it the last map and the classifier are fitted too, and every step
-            is judged by the outputs.
+        original: the network before conversion; with it the last map and the classifier are fitted too, `imitate`,
+            `recalibrate` and `classifier` are judged by the outputs, and these end no worse than they began.
         steps: names of the steps to do, of those listed above; default: all.
         progress: tell on a terminal what is being done.
 
@@ -101,10 +96,10 @@ def calibrate(
         what was done, with each step's relative errors before and after on the held-back images.
 
     Raises:
-        PadfreeError: an argument is wrong; the network is as before.
+        PadfreeError: an argument is wrong, or the images or outputs are all the same; the network is as before.
     """
-    chosen = _steps(steps, original)
-    _check(converted, original)
+    chosen = chosen_steps(steps, tuple(STEPS), _FROM_ORIGINAL, original is not None)
+    check_networks(converted, original)
     started = time.perf_counter()
     exact = torch.autocast(like_of(converted).device.type, enabled=False)  # it would go on with casts of old weights
     with torch.inference_mode(False), torch.no_grad(), kept_generators(), exact:
@@ -118,65 +113,24 @@ def calibrate(
         marked: tuple[str, ...] = converted.__dict__.get(_MARK, ())
         work.done = marked
         with _restoring(work.model):
-            errors = work.errors()
-            first = errors[0]
-            done: list[CalibrationStep] = []
+            judged = Judged(work, STEPS)
             mends = original is not None and sum(map(len, measured(held))) >= _TO_SCALE and solvable(work)
             for index, name in enumerate(chosen):
                 _tell(progress, f"calibrate {index + 1}/{len(chosen)}: {name}")
                 if name in marked:
-                    done.append(_undone(name))
-                    continue
-                repaired = "classifier" in chosen[index + 1 :] and mends
-                step, errors = _step(work, name, errors, repaired=repaired)
-                done.append(step)
+                    judged.leave(name, _DONE)
+                else:
+                    judged.do(name, repaired="classifier" in chosen[index + 1 :] and mends)
+            judged.settle()
             _tell(progress, "")
+    done = judged.report
     kept = (step.name for step in done if step.kept and step.places and step.name in _ONCE)
     converted.__dict__[_MARK] = tuple(dict.fromkeys((*marked, *kept)))
     counts = sum(map(len, train)), sum(map(len, held))
     seconds = time.perf_counter() - started
     return Calibration(
-        type(converted).__name__, *counts, first, errors[0], tuple(done), seconds, _notes(work, original)
+        type(converted).__name__, *counts, judged.first, judged.errors[0], done, seconds, _notes(work, original)
     )
-
-
-def _steps(steps: Iterable[str] | None, original: nn.Module | None) -> tuple[str, ...]:
-    if steps is None:
-        return tuple(name for name in STEPS if original is not None or name not in _FROM_ORIGINAL)
-    wanted = (steps,) if isinstance(steps, str) else tuple(steps)
-    unknown = [name for name in wanted if name not in STEPS]
-    if unknown:
-        raise PadfreeError(f"unknown step {unknown[0]!r}; there are {', '.join(STEPS)}")
-    for name in wanted:
-        if name in _FROM_ORIGINAL and original is None:
-            raise PadfreeError(f"step {name!r} takes the network before conversion: pass original=")
-    return tuple(name for name in STEPS if name in wanted)
-
-
-def _check(converted: nn.Module, original: nn.Module | None) -> None:
-    for what, model in (("calibrate", converted), ("original", original)):
-        if model is None and what == "original":
-            continue
-        if not isinstance(model, nn.Module):
-            raise PadfreeError(f"{what} takes a torch.nn.Module, not {type(model).__name__}")
-        if is_fused(model):
-            raise PadfreeError(
-                f"this {type(model).__name__} is fused, and its weights are frozen; calibrate the converted network, "
-                "and fuse it then"
-            )
-        check_model(model)
-        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-            raise PadfreeError(f"this {type(model).__name__} is on the meta device and has no weights")
-    if not is_converted(converted):
-        raise PadfreeError(
-            f"this {type(converted).__name__} is not converted; calibrate what padfree.convert returned: "
-            "padfree.calibrate(padfree.convert(model), batches, original=model)"
-        )
-    if original is not None and is_converted(original):
-        raise PadfreeError(
-            "original is a converted network; pass the one before conversion (padfree.convert returns a copy, unless "
-            "inplace=True)"
-        )
 
 
 def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor], held: list[Tensor]) -> Work:
@@ -194,9 +148,10 @@ def _work(converted: nn.Module, original: nn.Module | None, train: list[Tensor],
         raise PadfreeError(f"the batches do not fit: {type(error).__name__}: {first_line(error)}") from error
     if not all(bool(tensor.isfinite().all()) for batch in found for tensor in batch):
         raise PadfreeError(f"the outputs of {type(converted).__name__} on these images are not finite")
+    check_images(held)
     _check_replay(work)
     if work.original is not None:
-        work.expected = _expected(work.original, measured(work.held), found)
+        work.expected = _expected(type(converted).__name__, work.original, measured(work.held), found)
     return work
 
 
@@ -217,20 +172,16 @@ def _shared(model: nn.Module) -> nn.Module:
     return bare_copy(model, [*model.parameters(), *model.buffers()])
 
 
-def _expected(original: nn.Module, held: list[Tensor], found: list[list[Tensor]]) -> list[list[Tensor]]:
+def _expected(name: str, original: nn.Module, held: list[Tensor], found: list[list[Tensor]]) -> list[list[Tensor]]:
+    """The original's outputs, of batches of which `found` are the converted network's; none if sides differ."""
     try:
         expected = [outputs(original, images) for images in held]
     except Exception as error:  # the model's own code
         raise PadfreeError(
             f"original does not run on the batches: {type(error).__name__}: {first_line(error)}"
         ) from error
-    mine, theirs = ([tuple(tensor.shape[1:]) for tensor in batches[0]] for batches in (found, expected))
-    if [len(shape) for shape in mine] != [len(shape) for shape in theirs] or any(
-        a[:1] != b[:1] for a, b in zip(mine, theirs, strict=True)
-    ):
-        raise PadfreeError(f"original returns {theirs}, and the converted network {mine}: it is another network")
-    if not all(bool(tensor.isfinite().all()) for batch in expected for tensor in batch):
-        raise PadfreeError("the outputs of original on these images are not finite")
+    check_outputs(name, expected, found)
+    mine, theirs = ([[tensor.shape for tensor in batch] for batch in batches] for batches in (found, expected))
     return expected if mine == theirs else []
 
 
@@ -238,51 +189,6 @@ def _absorbs(plan: PlanData | None) -> bool:
     """Whether the stem's tail took a max-pool in, as the plans say that made it."""
     steps = [] if plan is None else plan.steps()
     return any(getattr(match.detail, "absorbs", False) for step in steps for match in step.matches)
-
-
-def _step(
-    work: Work, name: str, before: tuple[float, float], *, repaired: bool
-) -> tuple[CalibrationStep, tuple[float, float]]:
-    """Do one step, and undo it where it makes the network worse.
-
-    Args:
-        work: the calibration.
-        name: of the step.
-        before: `Work.errors` so far.
-        repaired: whether the classifier will be solved, and there are images enough to tell what it leaves: then the
-            outputs' scales and means do not count.
-
-    Returns:
-        what was done, and `Work.errors` after it.
-    """
-    started = time.perf_counter()
-    kept = _values(work.model)
-    outcome = STEPS[name](work)
-    after = work.errors() if outcome.places and name != "identity" else before
-    if work.expected and name in _BY_OUTPUTS:
-        worse = _is_worse(before[repaired], after[repaired])
-    else:
-        worse = _is_worse(outcome.before, outcome.after)
-    if worse:
-        _restore(work.model, kept)
-    shown = (before[0], after[0]) if work.expected else (outcome.before, outcome.after)
-    seconds = time.perf_counter() - started
-    step = CalibrationStep(
-        name, outcome.places, not worse, *shown, outcome.before, outcome.after, seconds, outcome.notes
-    )
-    return step, before if worse else after
-
-
-def _undone(name: str) -> CalibrationStep:
-    nothing = (math.nan,) * 4
-    return CalibrationStep(name, 0, True, *nothing, 0.0, (_DONE,))
-
-
-def _is_worse(before: float, after: float) -> bool:
-    """Whether an error grew, or is none any more; without errors nothing is worse."""
-    if math.isnan(before):
-        return False
-    return not after <= before * (1 + _WORSE) + 1e-9
 
 
 def _notes(work: Work, original: nn.Module | None) -> tuple[str, ...]:
@@ -296,24 +202,14 @@ def _notes(work: Work, original: nn.Module | None) -> tuple[str, ...]:
 # -- state ------------------------------------------------------------------------------------------
 
 
-def _values(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return [(tensor, tensor.clone()) for tensor in tensors.values()]
-
-
-def _restore(model: nn.Module, values: list[tuple[Tensor, Tensor]]) -> None:
-    for tensor, value in values:
-        tensor.copy_(value)
-
-
 @contextmanager
 def _restoring(model: nn.Module) -> Iterator[None]:
     """Give the network its values back where the block fails."""
-    values = _values(model)
+    kept = values(model)
     try:
         yield
     except BaseException:
-        _restore(model, values)
+        restore(kept)
         raise
 
 

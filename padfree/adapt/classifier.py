@@ -44,9 +44,9 @@ def solve_classifier(work: Work) -> Outcome:
     learnt, held = Moments(), Moments()
     for batch in range(work.first_held + len(work.expected)):
         (target,) = work.theirs.outputs(batch)
-        rows = _features(stream, step, batch, matrix.shape[1])
-        target = target.reshape(-1, matrix.shape[0]).double()
-        if len(rows) != len(target):
+        rows = _channels_last(_features(stream, step, batch)).reshape(-1, matrix.shape[1]).double()
+        target = _outputs(target, matrix.shape[0]).double()
+        if target.shape != (len(rows), matrix.shape[0]):
             return Outcome(notes=("the outputs are no rows of one linear layer: the classifier stays as it is",))
         if bias is not None:
             target = target - bias.double()
@@ -77,10 +77,19 @@ def last_product(tape: Tape) -> int | None:
     return None
 
 
-def _features(stream: Stream, step: int, batch: int, width: int) -> Tensor:
+def _features(stream: Stream, step: int, batch: int) -> Tensor:
     tape = stream.tape(batch)
     env = stream.fork(batch, step, step)
-    x = env[tape.source(step, _PRODUCTS[tape.steps[step].kind])]
-    if x.dim() == 4:
-        x = x.permute(0, 2, 3, 1)
-    return x.reshape(-1, width).double()
+    return env[tape.source(step, _PRODUCTS[tape.steps[step].kind])]
+
+
+def _outputs(target: Tensor, width: int) -> Tensor:
+    """What the linear layer gives, as rows of `width`, where it can be told how it lies in what the network gives."""
+    if target.dim() and target.numel() == len(target) * width:
+        return target.reshape(-1, width)
+    last = _channels_last(target)
+    return last.reshape(-1, width) if last.dim() and last.shape[-1] == width else target
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x

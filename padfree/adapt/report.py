@@ -14,7 +14,8 @@ class CalibrationStep:
     Attributes:
         name: what `calibrate(steps=...)` calls it.
         places: number of places that it changed.
-        kept: False where it made the network worse on the held-back images, and was undone.
+        kept: False where it made the network worse on the held-back images, and was undone, or where the outputs ended
+            worse with it, and it was taken back, which `notes` say.
         before, after: relative error of the outputs on the held-back images; without the original network, of the
             step's own places; NaN where there is none.
         own_before, own_after: relative error of the step's own places there.

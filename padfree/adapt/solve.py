@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 _MOST = 1 << 24  # numbers of one unfolded batch
 _ROWS = 1 << 14  # pixels of one batch that are looked at
+_FLAT = 1e-12  # of features' squares, what is left of constants without their means: rounding of the sums
 
 
 class Moments:
@@ -51,13 +52,19 @@ class Moments:
             weight: what it is pulled to.
             strength: s, of the mean of the features' squares.
             centred: whether a constant takes the means, so that only what differs from them is fitted.
+
+        Returns:
+            the weight; `weight` itself for groups whose features are constants, of which nothing can be learnt.
         """
         _, _, xx, xy, _ = self._centred() if centred else self._sums
         rest = xy - xx @ weight.double().mT
-        pull = strength * xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+        power = xx.diagonal(dim1=1, dim2=2).mean(1)
+        pull = strength * power.clamp_min(1e-30)
         matrix = xx + pull[:, None, None] * torch.eye(self.features, dtype=xx.dtype, device=xx.device)
-        solved: Tensor = torch.linalg.solve(matrix, rest)
-        return weight.double() + solved.mT
+        solved, failed = torch.linalg.solve_ex(matrix, rest)
+        flat = power <= _FLAT * self._sums[2].diagonal(dim1=1, dim2=2).mean(1)
+        added = torch.where((flat | (failed != 0))[:, None, None], 0.0, solved)
+        return weight.double() + added.mT
 
     def best(
         self, held: Moments, weight: Tensor, strengths: Sequence[float], *, centred: bool

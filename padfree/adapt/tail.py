@@ -35,7 +35,10 @@ def fit_tails(work: Work) -> Outcome:
         if not isinstance(module, StemTail) or module.residual:
             continue
         if not _is_delta(module.conv_dw):
-            left[path] = "the tail has been trained since the conversion, and stays as it is"
+            left[path] = (
+                'its depthwise kernel is not the identity that init="preserve" begins with (init="fresh", or trained '
+                "since the conversion), and stays as it is"
+            )
             continue
         found = _straightened(work, path, module)
         if found is not None:

@@ -193,7 +193,7 @@ class Work:
         found = [outputs(self.model, images) for images in self.held[: len(self.expected)]]
         missing = scaled = spread = 0.0
         for mine, theirs in zip(zip(*found, strict=True), zip(*self.expected, strict=True), strict=True):
-            x, y = (torch.cat(part).double() for part in (mine, theirs))
+            x, y = (rows(part).double() for part in (mine, theirs))
             missing += float((x - y).square().sum())
             x, y = x - x.mean(0), y - y.mean(0)
             slope = (x * y).sum(0) / x.square().sum(0).clamp_min(1e-30)
@@ -270,6 +270,16 @@ def _needed(module: nn.Module, name: str) -> Tensor:
 def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """The floating-point tensors that a network returns."""
     return [tensor for tensor in tensors((model(images.clone()),)) if tensor.is_floating_point()]
+
+
+def rows(parts: Sequence[Tensor]) -> Tensor:
+    """Outputs of several batches as one tensor, a row for each image.
+
+    Where sides differ among the batches, as those of maps do of images that differ, each of their places is a row.
+    """
+    differ = [side for side in range(1, parts[0].dim()) if len({part.shape[side] for part in parts}) > 1]
+    kept = list(range(1, len(differ) + 1))
+    return torch.cat([(part.movedim(differ, kept) if differ else part).flatten(0, len(differ)) for part in parts])
 
 
 @contextmanager

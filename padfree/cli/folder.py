@@ -15,6 +15,7 @@ from padfree.errors import PadfreeError
 from padfree.record.trees import first_line
 
 IMAGES, BATCH = 1280, 64
+_SIXTEEN_BIT = ("PNG", "PPM")  # formats whose 16-bit values PIL also gives as 32-bit ones
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 
 
@@ -37,8 +38,9 @@ def image_files(
         raise PadfreeError(f"{flag} {folder}: there is no such folder")
     found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if len(found) < least:
+        has = "one image" if len(found) == 1 else f"{len(found)} images"
         raise PadfreeError(
-            f"{flag} {folder}: it has {len(found)} images ({', '.join(sorted(_SUFFIXES))}, in folders below it "
+            f"{flag} {folder}: it has {has} ({', '.join(sorted(_SUFFIXES))}, in folders below it "
             f"too); {'one is' if least == 1 else 'some hundred are'} needed"
         )
     count = min(most, len(found))
@@ -53,7 +55,7 @@ def check_readable(files: list[Path]) -> None:
     """
     for file in files:
         with _opened(file) as image:
-            image.load()
+            _eight_bit(file, image)
 
 
 @contextlib.contextmanager
@@ -65,6 +67,24 @@ def _opened(file: Path) -> Iterator[Any]:
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise PadfreeError(f"{file} is no image that can be read: {first_line(error)}") from error
+
+
+def _eight_bit(file: Path, image: Any) -> Any:
+    """The image with values from 0 to 255: PIL makes other ones white where they are more.
+
+    Raises:
+        PadfreeError: its values may be of any range.
+    """
+    import numpy as np
+    from PIL import Image
+
+    image.load()
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BIT):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        raise PadfreeError(f"{file} has {kind} pixels, whose range is not known; save it with 8 or 16 bits")
+    return image
 
 
 def batches(model: nn.Module, size: tuple[int, ...], files: list[Path], *, flag: str = "--calibrate") -> list[Tensor]:
@@ -88,7 +108,7 @@ def batches(model: nn.Module, size: tuple[int, ...], files: list[Path], *, flag:
     images: list[Tensor] = []
     for file in files:
         with _opened(file) as image:
-            images.append(transform(image.convert("L" if size[0] == 1 else "RGB")))
+            images.append(transform(_eight_bit(file, image).convert("L" if size[0] == 1 else "RGB")))
     count = -(-len(images) // BATCH)
     return [torch.stack(images[start::count]) for start in range(count)]
 

@@ -41,8 +41,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileError: the file is missing, unreadable, or holds anything but plain tensors.
     """
     path = as_path(path)
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
+    check_file(path)
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -125,13 +124,24 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
+    check_file(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise FileError(f"{path} is damaged, truncated or not safetensors: {first_line(error)}") from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path that leads to no file.
+
+    Raises:
+        FileError: it is a folder, or there is nothing.
+    """
+    if path.is_dir():
+        raise FileError(f"{path} is a folder; pass the file in it that holds the weights")
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
 
 
 def some(keys: set[str]) -> str:

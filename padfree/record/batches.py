@@ -47,9 +47,13 @@ def _checked(batch: Any, index: int, labels: bool) -> Tensor:
     if isinstance(batch, (list, tuple)):
         if not labels:
             inner = ", ".join(_described(item) for item in batch[:3])
+            what = f"batch {index} is a {type(batch).__name__} of {len(batch)} ({inner}), not a tensor of images"
+            if len(batch) == 1:
+                raise PadfreeError(f"{what}; pass (images for (images,) in loader)")
+            if len(batch) == 2:
+                raise PadfreeError(f"{what}: no labels are taken; pass (images for images, labels in loader)")
             raise PadfreeError(
-                f"batch {index} is a {type(batch).__name__} of {len(batch)} ({inner}), not a tensor of images: "
-                "no labels are taken; pass (images for images, labels in loader)"
+                f"{what}: images alone are taken; pass (batch[0] for batch in loader), if they come first"
             )
         if not batch:
             raise PadfreeError(f"batch {index} is an empty {type(batch).__name__}; its images come first in it")

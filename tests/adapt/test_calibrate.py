@@ -469,6 +469,12 @@ def test_shared_weights_are_named_and_left() -> None:
     assert "its weight is computed, or another layer's too" in str(report)
 
 
+def test_a_tail_that_begins_fresh_is_named_and_left() -> None:
+    model = padfree.convert(trained(inverted(nn.SiLU)), input_size=SIZE, init="fresh")
+    report = padfree.calibrate(model, batches(), steps=["tail"])
+    assert 'not the identity that init="preserve" begins with (init="fresh", or' in str(report)
+
+
 def test_a_sum_that_no_1x1_reads_is_named() -> None:
     model = converted(trained(net(depthwise(8), unit(8, 8))))
     report = padfree.calibrate(model, batches(), steps=["absorb"])
@@ -502,6 +508,8 @@ def spoilt(value: float) -> list[Tensor]:
         ([], "batches is empty"),
         (iter(()), "batches is empty"),
         (pairs(), r"batch 0 is a tuple of 2 .* no labels are taken; pass \(images for images, labels in loader\)"),
+        ([[batch] for batch in batches()], r"batch 0 is a list of 1 .*; pass \(images for \(images,\) in loader\)"),
+        ([(batch, 1, 2) for batch in batches()], r"is a tuple of 3 .* pass \(batch\[0\] for batch in loader\)"),
         ([{"image": 1}], "batch 0 is a dict with 'image'"),
         (7, "batches is int"),
         (["a.png"], "batch 0 is a str"),
@@ -534,6 +542,7 @@ def test_wrong_networks_are_refused() -> None:
     for given, before, words in (
         (original, None, "is not converted; calibrate what padfree.convert returned"),
         (padfree.fuse(model), None, "is fused, and its weights are frozen"),
+        (model, padfree.fuse(model), "original is a fused Sequential, .* pass the network that was converted"),
         (torch.zeros(1), None, "takes a torch.nn.Module, not Tensor"),
         (model, model, "original is a converted network"),
         (model, torch.zeros(1), "original takes a torch.nn.Module"),
@@ -546,7 +555,13 @@ def test_wrong_networks_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"), [(["absorp"], "unknown step 'absorp'; there are identity"), ("imitate", "pass original=")]
+    ("steps", "words"),
+    [
+        (["absorp"], "unknown step 'absorp'; there are identity"),
+        ("imitate", "pass original="),
+        (3, "steps is 3; it takes names of steps: identity"),
+        ([3], "unknown step 3"),
+    ],
 )
 def test_wrong_steps_are_refused(steps: Any, words: str) -> None:
     with pytest.raises(PadfreeError, match=words):

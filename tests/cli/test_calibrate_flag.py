@@ -17,7 +17,7 @@ from torch import nn
 
 import padfree
 from padfree.cli.convert import main
-from padfree.cli.folder import batches, image_files
+from padfree.cli.folder import batches, check_readable, image_files
 from padfree.errors import PadfreeError
 
 NAME, SIDE = "mobilenetv3_small_050", 32
@@ -96,7 +96,8 @@ def test_without_images_it_says_what_to_do(module: Any, capsys: pytest.CaptureFi
         (["--calibrate", "no/such/folder"], "there is no such folder"),
         (["--calibrate", "FOLDER"], "fits a trained network, and this one begins fresh"),
         (["--calibrate", "FOLDER", "--plan-only"], "nothing to calibrate"),
-        (["--calibrate", "EMPTY"], "it has 0 images"),
+        (["--calibrate", "EMPTY"], "it has 0 images ("),
+        (["--calibrate", "ONE"], "it has one image ("),
         (["--calibrate", "BROKEN", "--init", "preserve"], "broken.png is no image that can be read"),
         (["--init", "old"], "init is 'old'"),
     ],
@@ -104,11 +105,12 @@ def test_without_images_it_says_what_to_do(module: Any, capsys: pytest.CaptureFi
 def test_wrong_requests_are_one_line(
     given: list[str], words: str, folder: Path, module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("EMPTY", "BROKEN"):
+    for name in ("EMPTY", "ONE", "BROKEN"):
         (tmp_path / name).mkdir()
+    (tmp_path / "ONE" / "one.png").write_text("no image")
     (tmp_path / "BROKEN" / "broken.png").write_text("no image")
     (tmp_path / "BROKEN" / "other.png").write_text("no image")
-    places = {"FOLDER": str(folder), **{name: str(tmp_path / name) for name in ("EMPTY", "BROKEN")}}
+    places = {"FOLDER": str(folder), **{name: str(tmp_path / name) for name in ("EMPTY", "ONE", "BROKEN")}}
     assert main(["--model", "networks_of_mine:fresh", *SIZE, *(places.get(word, word) for word in given)]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
@@ -135,3 +137,26 @@ def test_images_are_read_as_the_network_takes_them(folder: Path) -> None:
     torch.testing.assert_close(many[1][0], grey[1])
     with pytest.raises(PadfreeError, match="takes 4 channels"):
         batches(model, (4, 8, 8), files)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_of_sixteen_bits_are_read_as_those_of_eight(name: str, channels: int, tmp_path: Path) -> None:
+    pixels = torch.randint(0, 256, (8, 8), generator=torch.Generator().manual_seed(0)).numpy()
+    Image.fromarray(pixels.astype("uint8")).save(tmp_path / "plain.png")
+    deep = (pixels * 257).astype("uint16")  # 255 becomes 65535
+    if name.endswith("pgm"):
+        (tmp_path / name).write_bytes(b"P5 8 8 65535\n" + deep.astype(">u2").tobytes())
+    else:
+        Image.fromarray(deep).save(tmp_path / name)
+    files = [tmp_path / name, tmp_path / "plain.png"]
+    check_readable(files)
+    ((one, other),) = batches(nn.Identity(), (channels, 8, 8), files)
+    torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("float32", "floating-point pixels"), ("int32", "32-bit pixels")])
+def test_images_of_an_unknown_range_are_refused_by_name(kind: str, words: str, tmp_path: Path) -> None:
+    Image.fromarray(torch.rand(8, 8).numpy().astype(kind)).save(tmp_path / "unknown.tif")
+    with pytest.raises(PadfreeError, match=rf"unknown\.tif has {words}, whose range is not known"):
+        check_readable([tmp_path / "unknown.tif"])

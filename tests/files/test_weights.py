@@ -66,7 +66,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no such file"):
         load(tmp_path / "nothing.safetensors")
     with pytest.raises(FileError, match="no such file"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path / "nothing.pth")
+
+
+@pytest.mark.parametrize("read", [load, read_checkpoint])
+def test_a_folder(read: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="is a folder; pass the file in it that holds the weights"):
+        read(tmp_path)
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
