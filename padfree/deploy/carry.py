@@ -28,6 +28,7 @@ from padfree.rewrite.forward import graph_source, original_class, rewritten_clas
 from padfree.rewrite.reads import without_reads
 from padfree.rewrite.refusing import refused_methods, refusing_class
 from padfree.rewrite.sealed import FUSERS
+from padfree.rewrite.spy import OPAQUE
 from padfree.rewrite.stale import is_watched
 from padfree.rewrite.tracer import TracedBlock, trace_block
 from padfree.rewrite.views import SEALED
@@ -273,7 +274,7 @@ class Carrier:
         gone = [inner.removeprefix(below) for inner in self._gone if inner.startswith(below)]
         recipe = getattr(type(module), "_padfree_recipe", None)
         locked = (dict(recipe[2]) if recipe else {}) | dict(edit.traced.locked)
-        locked = without_reads(locked, gone)
+        locked = without_reads(locked, gone) | {name: OPAQUE for name in gone if name.isidentifier()}
         ends = self._ends(path, gone)
         locked[SEALED] = tuple(sorted({*locked.get(SEALED, ()), *(end for end in ends if "." not in end)}))
         source, names = graph_source([graph], checked=any(map(is_watched, locked)))
