@@ -17,8 +17,6 @@ from typing import Any
 
 from torch import nn
 
-from padfree.rewrite.forward import access
-
 _ASKS = frozenset({"isinstance", "issubclass"})
 _BY_NAME = frozenset({"hasattr", "getattr"})
 _EXACT = frozenset({"__class__", "_get_name"})
@@ -51,15 +49,14 @@ class Questions:
             self.exact |= len(kinds) < asked  # by a variable or an attribute: it may be any
             for kind in kinds:
                 if issubclass(kind, nn.Module):
-                    text = _text(kind)
+                    text = class_text(kind)
                     self.classes |= {text: kind} if text else {}
                     self.exact |= not text
 
     def answers(self, children: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        """The answers for those children of a block that its forward names, by the text that asks again."""
+        """The answers for modules, each given with the text that reads it, by the text that asks again."""
         found: dict[str, Any] = {}
-        for path, child in children:
-            text = access(path)
+        for text, child in children:
             for kind, of_class in self.classes.items():
                 found[f"isinstance({text}, {kind})"] = isinstance(child, of_class)
             for name in sorted(self.names):
@@ -99,7 +96,7 @@ def _named(function: types.FunctionType, steps: list[dis.Instruction]) -> Iterat
                 yield kind
 
 
-def _text(kind: type) -> str:
+def class_text(kind: type) -> str:
     """Python text that reads a class by its module and name; "" where it is not found so."""
     try:
         found: Any = importlib.import_module(kind.__module__)

@@ -18,7 +18,7 @@ from padfree.kernels import shortcut_pool
 from padfree.layers.spec import PoolProjectionSpec, Spec, StemTailSpec
 from padfree.record.recording import Call
 from padfree.rewrite.edit import BlockEdit, Places
-from padfree.rewrite.forward import Locked, access, graph_source, original_class
+from padfree.rewrite.forward import Locked, graph_source, original_class
 from padfree.rewrite.operations import (
     AddChild,
     MoveChild,
@@ -30,6 +30,7 @@ from padfree.rewrite.operations import (
     SetAttributes,
     Substitute,
 )
+from padfree.rewrite.reads import without_reads
 from padfree.rewrite.same_padding import plain_forward
 from padfree.rewrite.sealed import FUSERS
 from padfree.rewrite.tracer import TracedBlock, trace_block
@@ -244,16 +245,16 @@ class Surgeon:
     def _lasting(self, edit: BlockEdit) -> Locked:
         """What was baked into a block, but what the conversion itself changes."""
         below = f"{edit.traced.path}." if edit.traced.path else ""
-        changed = {
-            f"{access(operation.path.removeprefix(below))}.{name}"
+        changed = [
+            f"{operation.path}.{name}"
             for operation in self._operations
-            if isinstance(operation, SetAttributes) and operation.path.startswith(below)
+            if isinstance(operation, SetAttributes)
             for name, _ in operation.values
-        }
-        moved = [operation.origin for operation in self._operations if isinstance(operation, MoveChild)]
-        moved += [operation.path for operation in self._operations if isinstance(operation, ReplaceEnd)]
-        changed |= {access(path.removeprefix(below)) for path in moved if path.startswith(below)}
-        return tuple((text, value) for text, value in edit.traced.locked if not any(name in text for name in changed))
+        ]
+        changed += [operation.origin for operation in self._operations if isinstance(operation, MoveChild)]
+        changed += [operation.path for operation in self._operations if isinstance(operation, ReplaceEnd)]
+        inside = [path.removeprefix(below) for path in changed if path.startswith(below)]
+        return tuple(without_reads(dict(edit.traced.locked), inside).items())
 
     def _seals(self, rewritten: set[str]) -> list[Operation]:
         """Ancestors of rewritten blocks whose fusing methods would drop a shortcut unseen."""

@@ -31,7 +31,7 @@ from padfree.rewrite.asserts import asserted
 from padfree.rewrite.forward import is_rewritten
 from padfree.rewrite.hints import parameter_types, without_none
 from padfree.rewrite.modes import Flags, Setting, align, asked_flags, setting, settings_of
-from padfree.rewrite.reads import watched
+from padfree.rewrite.reads import carried, watched
 from padfree.rewrite.selfcheck import bind, holds_tensor, link
 from padfree.rewrite.spy import OPAQUE, Locked, Spy
 from padfree.rewrite.unseen import TRIES, Draws, noting_unseen, random_states
@@ -118,10 +118,10 @@ def trace_block(recording: Recording, call: Call) -> TracedBlock:
         bodies.append(Body(graph, nodes, anchors))
     read_live = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "get_attr"}
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_module"}
-    locked = tuple(item for item in spy.locked() if item[0] not in read_live)
-    locked += tuple((name, OPAQUE) for name in sorted(spy.methods))  # an instance may be given its own
-    locked += watched(module, {k: v for k, v in spy.reads.items() if k not in read_live}, called | read_live)
-    return TracedBlock(call.path, flags, tuple(bodies), locked)
+    locked = carried(module, read_live) | {name: value for name, value in spy.locked() if name not in read_live}
+    locked |= dict.fromkeys(sorted(spy.methods), OPAQUE)  # an instance may be given its own
+    locked |= watched(module, spy, called, read_live)
+    return TracedBlock(call.path, flags, tuple(bodies), tuple(locked.items()))
 
 
 def _check_kind(module: nn.Module, where: str) -> None:

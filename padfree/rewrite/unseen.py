@@ -27,15 +27,25 @@ _OWN_TENSORS = {  # whose devices, dtypes and gradients are those of the copy th
     getattr(nn.Module, name).__code__
     for name in ("parameters", "named_parameters", "buffers", "named_buffers", "state_dict")
 }
-_ASKED = {  # what the answer to is baked
+_ASKED: dict[Any, str] = {  # what the answer to is baked
     torch.is_grad_enabled: "asks whether gradients are on",
     torch.is_inference_mode_enabled: "asks whether inference mode is on",
     torch.is_autocast_enabled: "asks whether autocast is on",
+    torch.get_autocast_dtype: "asks for autocast's dtype",
 }
-
-
-def _in_library(frame: types.FrameType | None) -> bool:
-    return frame is not None and str(frame.f_globals.get("__name__")).startswith(("torch.", "padfree."))
+_ASKED_IN_PYTHON = {  # the same, by their code
+    function.__code__: reason
+    for function, reason in (
+        (getattr(torch.jit, "is_tracing", None), "asks whether it is traced"),
+        (torch.compiler.is_compiling, "asks whether it is compiled"),
+        (torch.compiler.is_dynamo_compiling, "asks whether it is compiled"),
+        (getattr(torch.compiler, "is_exporting", None), "asks whether it is exported"),  # not in all versions
+        (torch.onnx.is_in_onnx_export, "asks whether it is exported"),
+        (torch.are_deterministic_algorithms_enabled, "asks whether algorithms are deterministic"),
+    )
+    if isinstance(function, types.FunctionType)
+}
+_LIBRARIES = ("torch.", "padfree.", "torchvision.utils", "torchvision.ops.")  # whose answers change no values
 
 
 @contextmanager
@@ -49,13 +59,15 @@ def noting_unseen() -> Iterator[list[str]]:
     def called(frame: types.FrameType, event: str, function: Any) -> None:
         if event == "call" and frame.f_code in _ENTERED:
             noted.append(_ENTERED[frame.f_code])
-        elif event == "call" and frame.f_code in _OWN_TENSORS and not _in_library(frame.f_back):
+        elif event == "call" and frame.f_code in _OWN_TENSORS and not _is_library(frame.f_back):
             noted.append("looks through its own parameters, whose dtype, device and the like would be baked")
+        elif event == "call" and frame.f_code in _ASKED_IN_PYTHON and not _is_library(frame.f_back):
+            noted.append(_ASKED_IN_PYTHON[frame.f_code])
         elif event == "c_call" and isinstance(function, types.BuiltinFunctionType):
             owner = function.__self__
             if function.__name__ == "apply" and isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
                 noted.append(_OWN_BACKWARD)
-            if not _in_library(frame) and function in _ASKED:
+            if function in _ASKED and not _is_library(frame):
                 noted.append(_ASKED[function])
 
     usual: Any = sys.getprofile()
@@ -69,6 +81,10 @@ def noting_unseen() -> Iterator[list[str]]:
         sys.setprofile(None if pause and resume else usual)
         if pause and resume:
             resume()
+
+
+def _is_library(frame: types.FrameType | None) -> bool:
+    return frame is None or str(frame.f_globals.get("__name__")).startswith(_LIBRARIES)
 
 
 class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]

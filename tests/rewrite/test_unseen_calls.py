@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from strangers import Net, Unit, convert, depthwise
 from torch import Tensor, nn
 
@@ -47,6 +48,11 @@ CALLS = {
     "gradients are on": torch.is_grad_enabled,
     "inference mode is on": torch.is_inference_mode_enabled,
     "autocast is on": torch.is_autocast_enabled,
+    "autocast's dtype": lambda: torch.get_autocast_dtype("cpu"),
+    "it is traced": lambda: torch.jit.is_tracing(),
+    "it is compiled": lambda: torch.compiler.is_compiling(),
+    "it is exported": lambda: torch.onnx.is_in_onnx_export(),
+    "algorithms are deterministic": lambda: torch.are_deterministic_algorithms_enabled(),
 }
 
 
@@ -59,6 +65,15 @@ def test_calls_are_noted(words: str) -> None:
         thread = threading.Thread(target=CALLS[words])
         thread.start()
         thread.join()
+    assert not noted
+
+
+def test_what_libraries_ask_for_themselves_is_no_matter() -> None:
+    x = torch.ones(1, 1, 4, 4)
+    with noting_unseen() as noted:
+        torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+        torchvision.ops.stochastic_depth(x, 0.0, "row")
+        torch.jit.is_scripting()
     assert not noted
 
 
