@@ -63,7 +63,7 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded():
     model.seen.clear()
     fused = fuse(model, input_size=(3, 17, 17))
     assert norms(fused) == ["bn3", "bn4", "bn5", "bn6", "bn7"]
-    assert fused.conv1.bias is not None and type(fused.bn1) is nn.Identity
+    assert fused.conv1.bias is not None and isinstance(fused.bn1, nn.Identity)
     assert model.seen == []  # the user's hooks did not fire, neither on the model nor on its copy
     assert_same_outputs(model, fused, 17)
 
