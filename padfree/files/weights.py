@@ -195,16 +195,17 @@ def _check_rebuilt(model: nn.Module, tensors: Mapping[str, Tensor], source: Sour
         fresh = rebuilt.state_dict()
         wrong = set(fresh.keys() ^ tensors.keys())
         wrong |= {key for key in fresh.keys() & tensors.keys() if fresh[key].shape != tensors[key].shape}
+        asked = f'pass source={{"library": "{source.library}", "name": "{source.name}", "kwargs": {{...}}}}'
         if wrong:
             raise FileError(
-                f"{source} does not give this network: {len(wrong)} keys or shapes differ ({some(wrong)}); "
-                "pass source= with the arguments it was built with; a network pruned or changed since is kept whole by "
-                "torch.save(model, path)"
+                f"{source} does not give this network: {len(wrong)} keys or shapes differ ({some(wrong)}); {asked} "
+                "with the arguments that build it as it is now (num_classes of a new head); a network changed "
+                "otherwise is kept whole by torch.save(model, path)"
             )
         rebuilt.load_state_dict(dict(tensors))
         if not _same_outputs(model, rebuilt, plan.input_size):
             raise FileError(
-                f"{source} does not give this network: keys and shapes agree, but its outputs differ; pass source= "
+                f"{source} does not give this network: keys and shapes agree, but its outputs differ; {asked} "
                 "with the arguments it was built with, or a factory of yours that builds it as it is now"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import re
 import resource
 import struct
 import sys
@@ -234,6 +235,17 @@ def test_a_model_that_does_not_say_where_it_comes_from(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="does not say where it comes from; pass source="):
         save(own, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_head_is_saved_with_the_source_that_the_error_names(tmp_path: Path) -> None:
+    model = padfree.convert(timm.create_model("test_resnet", num_classes=5), input_size=(3, 64, 64)).eval()
+    model.fc = nn.Linear(model.fc.in_features, 3)
+    with pytest.raises(FileError, match="2 keys or shapes differ") as caught:
+        save(model, tmp_path / "a.safetensors")
+    (advised,) = re.findall(r"pass source=(\{.*?\}\})", str(caught.value))
+    save(model, tmp_path / "a.safetensors", json.loads(advised.replace("{...}", '{"num_classes": 3}')))
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(load(tmp_path / "a.safetensors")(images), model(images))
 
 
 def test_a_source_that_gives_another_network(converted: nn.Module, tmp_path: Path) -> None:
