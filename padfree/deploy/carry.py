@@ -24,13 +24,7 @@ from padfree.layers.fused import SETTINGS, FusedChain
 from padfree.record.recording import Call, Recording
 from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.effects import methods_naming
-from padfree.rewrite.forward import (
-    graph_source,
-    original_class,
-    rewritten_class,
-    sealing_class,
-    set_class,
-)
+from padfree.rewrite.forward import graph_source, original_class, rewritten_class, sealing_class, set_class
 from padfree.rewrite.keeping import common, keep_empty
 from padfree.rewrite.kept import MERGED
 from padfree.rewrite.reads import without_reads

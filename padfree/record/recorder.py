@@ -100,9 +100,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             kwargs = {**kwargs, "device": torch.device("meta")}
         if func._schema.is_mutable:
             self.written.update(self._names.get(storage(tensor), "") for tensor in given)
-            formal = [argument.alias_info for argument in func._schema.arguments]
-            into = (given for given, alias in zip(args, formal, strict=False) if alias is not None and alias.is_write)
-            self.writes += [geometry_key(tensor) for tensor in tensors(tuple(into))]
+            by_name = {
+                **{formal.name: arg for formal, arg in zip(func._schema.arguments, args, strict=False)},
+                **kwargs,
+            }
+            writing = (formal for formal in func._schema.arguments if formal.alias_info and formal.alias_info.is_write)
+            into = tuple(by_name.get(formal.name) for formal in writing)
+            self.writes += [geometry_key(tensor) for tensor in tensors(into)]
         refs = [self.value(tensor) for tensor in given]
         kind, described = kind_of(func), (args, kwargs)
         if func in POOLS:  # torch's max-pool, by whichever operator

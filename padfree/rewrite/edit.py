@@ -84,11 +84,13 @@ class BlockEdit:
         return found
 
     def _other_in_training(self) -> Refusal:
-        where = f"`{self.traced.path}`" if self.traced.path else "the model itself"
         return Refusal(
-            f"the forward of {where} does something else in training at the place to be edited; "
+            f"the forward of {self._where()} does something else in training at the place to be edited; "
             "move what differs into a child module"
         )
+
+    def _where(self) -> str:
+        return f"`{self.traced.path}`" if self.traced.path else "the model itself"
 
     def anchor(self, op: OpId) -> Places:
         """The node that runs a recorded operation."""
@@ -152,6 +154,20 @@ class BlockEdit:
     def _end(self, place: Places) -> None:
         if place.op == "call_module" and not place.target.startswith(NEW):
             self._ends.add(place.target)
+
+    def check_reached(self) -> None:
+        """Refuse edits of which nothing comes out.
+
+        Raises:
+            Refusal: what was added is read by nothing that the forward returns.
+        """
+        for body in self.traced.bodies:
+            reached: set[fx.Node] = set()
+            for node in reversed(body.graph.nodes):
+                if node.op == "output" or node in reached:
+                    reached.update(node.all_input_nodes)
+            if any(node in self._made and node not in reached for node in body.graph.nodes):
+                raise Refusal(f"the forward of {self._where()} returns nothing of what would be added to it")
 
     def ends(self) -> tuple[str, ...]:
         """Children that, called one after another, do not give what they give in the block.

@@ -20,10 +20,10 @@ def follow_in_place(graph: fx.Graph, results: Results) -> None:
     place = {node: index for index, node in enumerate(graph.nodes)}
     latest: dict[Key, fx.Node] = {}
     for node, (key, value) in results.items():
-        earlier = latest.get(key)
-        if earlier is not None and results[earlier][1] != value:
-            for user in [user for user in earlier.users if place[user] > place[node]]:
-                user.replace_input_with(earlier, node)
+        written = _written(node, key, results) or latest.get(key)
+        if written is not None and results[written][1] != value:
+            for user in [user for user in written.users if place[user] > place[node]]:
+                user.replace_input_with(written, node)
         latest[key] = node
 
 
@@ -34,13 +34,19 @@ def seen_elsewhere(graph: fx.Graph, results: Results, writes: Iterable[tuple[fx.
     """
     place = {node: index for index, node in enumerate(graph.nodes)}
     for node, key in writes:
-        own = {given for given in node.all_input_nodes if given in results and results[given][0] == key}
+        written = _written(node, key, results)
         for other, (held, _) in results.items():
-            if other in own or place[other] >= place[node] or held[0] != key[0]:
+            if other is written or place[other] >= place[node] or held[0] != key[0]:
                 continue
             if any(place[user] > place[node] for user in other.users) and _overlap(held, key):
                 return True
     return False
+
+
+def _written(node: fx.Node, key: Key, results: Results) -> fx.Node | None:
+    """The node whose tensor an operation writes into: its first input, where that lies there."""
+    first = next((given for given in node.all_input_nodes[:1] if given in results), None)
+    return first if first is not None and results[first][0] == key else None
 
 
 def _overlap(one: Key, other: Key) -> bool:

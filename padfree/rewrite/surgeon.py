@@ -229,6 +229,7 @@ class Surgeon:
         found = list(self._operations)
         inner: list[str] = []  # ends of chains that lie in containers which the block's forward takes apart
         for path, edit in self._blocks.items():
+            edit.check_reached()
             locked = self._lasting(edit)
             source, names = graph_source([body.graph for body in edit.traced.bodies], edit.traced.flags)
             found += [AddChild(path, name, spec) for name, spec in edit.children]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import padfree
+from padfree.errors import Refusal
+from padfree.rewrite.edit import BlockEdit, Places
 from padfree.rewrite.in_place import follow_in_place, seen_elsewhere
+from padfree.rewrite.tracer import Body, TracedBlock
 
 SIZE = (3, 32, 32)
 
@@ -78,6 +82,11 @@ def copied(block: nn.Module, y: Tensor) -> Tensor:
     return y
 
 
+def given_out(block: nn.Module, y: Tensor) -> Tensor:
+    torch.clamp(y, 0, out=y.detach())
+    return y
+
+
 @pytest.mark.parametrize("behind", [detached, data, same, sliced, flat, half, copied])
 def test_a_shortcut_behind_another_view_is_refused(behind: Callable[[nn.Module, Tensor], Tensor]) -> None:
     with pytest.raises(padfree.PadfreeError, match=r"`block` .* by another view of it"):
@@ -101,12 +110,38 @@ def view_alone(block: nn.Module, y: Tensor) -> Tensor:
     return y.view_as(y).relu_()
 
 
-@pytest.mark.parametrize("behind", [returned, dropped, view_alone])
+def looked_at_before(block: nn.Module, y: Tensor) -> Tensor:
+    y.detach().abs()
+    F.relu_(y)
+    return y
+
+
+def doubled(block: nn.Module, y: Tensor) -> Tensor:
+    F.relu_(y)
+    y.add_(y.detach())
+    return y / 2
+
+
+@pytest.mark.parametrize("behind", [returned, dropped, view_alone, looked_at_before, doubled, given_out])
 def test_what_is_read_is_what_is_written(behind: Callable[[nn.Module, Tensor], Tensor]) -> None:
     images = torch.randn(2, *SIZE, generator=torch.Generator().manual_seed(0))
-    expected = padfree.convert(_net(plain), rules=("depthwise",), input_size=SIZE)(images)
-    found = padfree.convert(_net(behind), rules=("depthwise",), input_size=SIZE)(images)
+    with torch.no_grad():
+        expected = padfree.convert(_net(plain), rules=("depthwise",), input_size=SIZE)(images)
+        found = padfree.convert(_net(behind), rules=("depthwise",), input_size=SIZE)(images)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_what_is_added_has_to_come_out() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_method("relu", (x,))
+    out = graph.output(x)
+    edit = BlockEdit(TracedBlock("block", (), (Body(graph, {}, {}),), ()), ())
+    added = edit.call(Places([out]), operator.add, Places([y]), Places([x]))
+    with pytest.raises(Refusal, match=r"the forward of `block` returns nothing of what would be added to it"):
+        edit.check_reached()
+    out.replace_input_with(x, added.nodes[0])
+    edit.check_reached()
 
 
 def _halves() -> tuple[torch.fx.Graph, dict[torch.fx.Node, tuple[tuple[object, ...], int]], torch.fx.Node]:
