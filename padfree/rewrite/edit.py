@@ -159,12 +159,12 @@ class BlockEdit:
         """Refuse edits of which nothing comes out.
 
         Raises:
-            Refusal: what was added is read by nothing that the forward returns.
+            Refusal: what was added is read by nothing that the forward returns, or does beside (`maps.append(y)`).
         """
         for body in self.traced.bodies:
             reached: set[fx.Node] = set()
             for node in reversed(body.graph.nodes):
-                if node.op == "output" or node in reached:
+                if node in reached or (not node.users and node not in self._made):
                     reached.update(node.all_input_nodes)
             if any(node in self._made and node not in reached for node in body.graph.nodes):
                 raise Refusal(f"the forward of {self._where()} returns nothing of what would be added to it")

@@ -140,6 +140,10 @@ def test_what_is_added_has_to_come_out() -> None:
     added = edit.call(Places([out]), operator.add, Places([y]), Places([x]))
     with pytest.raises(Refusal, match=r"the forward of `block` returns nothing of what would be added to it"):
         edit.check_reached()
+    with graph.inserting_before(out):
+        appended = graph.call_method("append", (x, added.nodes[0]))  # as to a list that the forward was given
+    edit.check_reached()
+    graph.erase_node(appended)
     out.replace_input_with(x, added.nodes[0])
     edit.check_reached()
 
